@@ -1,0 +1,15 @@
+"""CLIP-MoE as a plugin for vision-language models: replace `vision_tower`, keep everything else."""
+
+from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
+from .hf import register
+from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
+
+register()
+
+__all__ = [
+    "CLIPMoEConfig",
+    "CLIPMoEModel",
+    "CLIPMoETextConfig",
+    "CLIPMoEVisionConfig",
+    "CLIPMoEVisionModel",
+]

@@ -1,0 +1,18 @@
+"""Makes transformers' Auto classes, and so every host built on them, know our model types."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, CLIPImageProcessor, CLIPTokenizer
+
+from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
+from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
+
+
+def register() -> None:
+    """Registers configurations, models, CLIP's image processor and CLIP's tokenizer; safe to call again."""
+    for config_class in (CLIPMoEConfig, CLIPMoEVisionConfig, CLIPMoETextConfig):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for config_class, model_class in ((CLIPMoEConfig, CLIPMoEModel), (CLIPMoEVisionConfig, CLIPMoEVisionModel)):
+        AutoModel.register(config_class, model_class, exist_ok=True)
+        AutoImageProcessor.register(config_class, CLIPImageProcessor, exist_ok=True)
+    AutoTokenizer.register(CLIPMoEConfig, CLIPTokenizer, exist_ok=True)

@@ -1,0 +1,172 @@
+"""Turns dense CLIPs into the experts of a CLIP-MoE (sparse upcycling), and a CLIP-MoE back into its parts.
+
+Every function returns a new model and leaves its arguments alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_clipmoe import CLIPMoEConfig
+from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
+from .moe import Experts, Router, SparseMoE
+
+TOWERS = ("vision", "text")
+STACKED = {"fc1.weight": "fc1_weight", "fc1.bias": "fc1_bias", "fc2.weight": "fc2_weight", "fc2.bias": "fc2_bias"}
+
+
+def upcycle(dense_models: Sequence[CLIPMoEModel], *, num_experts_per_tok: int = 2, vision_first_moe_layer: int = 0,
+            text_first_moe_layer: int = 0, expert_dropout: float = 0.1, seed: int = 0) -> CLIPMoEModel:
+    """A CLIP-MoE whose expert e of layer l is the feed-forward layer l of dense model e.
+
+    Everything outside the MoE layers is taken from the first model (the base). Routers get torch's default Linear
+    initialisation, seeded.
+
+    Raises:
+        ValueError: fewer than two models, a model that is not dense, models of different shapes, or too large a top_k.
+    """
+    if len(dense_models) < 2:
+        raise ValueError(f"upcycling needs at least two dense models, got {len(dense_models)}")
+    states = [model.state_dict() for model in dense_models]
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
+    for index, model in enumerate(dense_models):
+        if model.config.vision_config.num_experts > 1 or model.config.text_config.num_experts > 1:
+            raise ValueError(f"model {index} is a mixture of experts already; upcycling takes dense models")
+        if shapes[index] != shapes[0]:
+            differing = sorted(name for name in {*shapes[0], *shapes[index]}
+                               if shapes[0].get(name) != shapes[index].get(name))
+            raise ValueError(f"model {index} has another architecture than model 0: {differing[0]} is "
+                             f"{shapes[index].get(differing[0])} and {shapes[0].get(differing[0])}")
+    config = _moe_config(dense_models[0].config, len(dense_models), num_experts_per_tok, vision_first_moe_layer,
+                         text_first_moe_layer, expert_dropout)
+    moe = CLIPMoEModel(config).to(dense_models[0].dtype)
+    with torch.no_grad():
+        for name, target in moe.state_dict().items():
+            if ".mlp.experts." in name:
+                dense_name = _dense_name(name)
+                target.copy_(torch.stack([state[dense_name] for state in states]))
+            elif not name.endswith(".mlp.router.weight"):
+                target.copy_(states[0][name])
+    return randomize_routers(moe, seed)
+
+
+def _moe_config(base: CLIPMoEConfig, num_experts: int, top_k: int, vision_first: int, text_first: int,
+                dropout: float) -> CLIPMoEConfig:
+    values = base.to_dict()
+    for tower, first in (("vision_config", vision_first), ("text_config", text_first)):
+        values[tower].update(num_experts=num_experts, num_experts_per_tok=top_k, first_moe_layer=first,
+                             expert_dropout=dropout)
+    return CLIPMoEConfig(**values)
+
+
+def _dense_name(stacked_name: str) -> str:
+    prefix, stacked = stacked_name.split(".mlp.experts.")
+    return f"{prefix}.mlp." + next(dense for dense, ours in STACKED.items() if ours == stacked)
+
+
+def dense_expert(model: CLIPMoEModel, expert: int) -> CLIPMoEModel:
+    """The dense CLIP that uses `expert` alone in every MoE layer.
+
+    Raises:
+        ValueError: the model has no such expert.
+    """
+    num_experts = model.config.vision_config.num_experts
+    if not 0 <= expert < num_experts:
+        raise ValueError(f"there is no expert {expert}: the model has the experts 0..{num_experts - 1}")
+    config = _moe_config(model.config, 1, 1, 0, 0, 0.0)
+    dense = CLIPMoEModel(config).to(model.dtype)
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".mlp.router." not in name}
+    dense.load_state_dict({
+        _dense_name(name) if ".mlp.experts." in name else name: tensor[expert] if ".mlp.experts." in name else tensor
+        for name, tensor in state.items()
+    })
+    return dense.eval()
+
+
+def uniform_average(model: CLIPMoEModel) -> CLIPMoEModel:
+    """Every expert on every token with equal weight (dense compute): zero routers and top_k = the number of experts."""
+    values = model.config.to_dict()
+    for tower in ("vision_config", "text_config"):
+        values[tower]["num_experts_per_tok"] = values[tower]["num_experts"]
+    average = CLIPMoEModel(CLIPMoEConfig(**values)).to(model.dtype)
+    average.load_state_dict(model.state_dict())
+    for router in _routers(average):
+        nn.init.zeros_(router.weight)
+    return average.eval()
+
+
+def randomize_routers(model: CLIPMoEModel, seed: int) -> CLIPMoEModel:
+    """The same model with freshly initialised routers (torch's default for Linear), a function of `seed` alone."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for router in _routers(model):
+        bound = router.in_features**-0.5
+        weight = torch.empty(router.weight.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            router.weight.copy_(weight)
+    return model
+
+
+def stretch_text_positions(model: CLIPMoEModel, length: int = 248) -> CLIPMoEModel:
+    """More text positions, as Long-CLIP (arXiv 2403.15378) makes them: the first 20 are kept, the rest interpolated.
+
+    77 positions give 248 by a factor of 4: `new[20+4i+j] = ((4-j) old[20+i] + j old[21+i]) / 4`; the last position is
+    continued by the last difference, `old[76] + j (old[76]-old[75]) / 4`.
+
+    Raises:
+        ValueError: `length` is not `20 + factor * (old - 20)` for a whole factor of at least 1.
+    """
+    old = model.text_model.embeddings.position_embedding.weight.detach()
+    kept, rest = 20, len(old) - 20
+    if rest < 2 or length < len(old) or (length - kept) % rest:
+        possible = f"20 + k * {rest}" if rest >= 2 else "none: it has too few positions"
+        raise ValueError(f"{len(old)} text positions cannot be stretched to {length}; possible lengths: {possible}")
+    factor = (length - kept) // rest
+    tail = old[kept:].double()
+    difference = torch.cat([tail[1:] - tail[:-1], (tail[-1] - tail[-2])[None]])
+    steps = torch.arange(factor, dtype=torch.float64) / factor
+    stretched = (tail[:, None] + steps[:, None] * difference[:, None]).flatten(0, 1)
+    values = model.config.to_dict()
+    values["text_config"]["max_position_embeddings"] = length
+    longer = CLIPMoEModel(CLIPMoEConfig(**values)).to(model.dtype)
+    name = "text_model.embeddings.position_embedding.weight"
+    longer.load_state_dict({**model.state_dict(), name: torch.cat([old[:kept], stretched.to(old.dtype)])})
+    return longer.eval()
+
+
+def _routers(model: nn.Module) -> Iterator[Router]:
+    return (module for module in model.modules() if isinstance(module, Router))
+
+
+def router_parameters(model: CLIPMoEModel | CLIPMoEVisionModel) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of the routers."""
+    return _parameters_of(model, Router)
+
+
+def expert_parameters(model: CLIPMoEModel | CLIPMoEVisionModel) -> Iterator[tuple[str, Tensor]]:
+    """Names and parameters of the experts of the MoE layers."""
+    return _parameters_of(model, Experts)
+
+
+def _parameters_of(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in model.named_modules():
+        if isinstance(module, kind):
+            yield from ((f"{prefix}.{name}", parameter) for name, parameter in module.named_parameters())
+
+
+def ffn_parameters(model: CLIPMoEModel, vision_first_layer: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Names and parameters of the feed-forward layers: the text tower's all, the vision tower's from one block on."""
+    for tower, first in (("vision", vision_first_layer), ("text", 0)):
+        layers = getattr(model, f"{tower}_model").encoder.layers
+        for index in range(first, len(layers)):
+            prefix = f"{tower}_model.encoder.layers.{index}.mlp"
+            yield from ((f"{prefix}.{name}", parameter) for name, parameter in layers[index].mlp.named_parameters())
+
+
+def is_moe(model: nn.Module) -> bool:
+    """Whether any layer is a mixture of experts."""
+    return any(isinstance(module, SparseMoE) for module in model.modules())

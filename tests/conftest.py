@@ -1,0 +1,40 @@
+"""Small models and reference files that several tests use."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Vectors, trajectories and question files made with the original programs."""
+    return REFERENCE
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Keyword arguments of a `CLIPMoEConfig`: two blocks per tower, 32 pixels, patch 8, 24 text positions."""
+
+    def make(**moe_fields):
+        tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+                 **moe_fields}
+        return {
+            "vision_config": {**tower, "image_size": 32, "patch_size": 8},
+            "text_config": {**tower, "vocab_size": 120, "max_position_embeddings": 24, "eos_token_id": 119,
+                            "bos_token_id": 118, "pad_token_id": 0},
+            "projection_dim": 16,
+        }
+
+    return make
