@@ -217,10 +217,10 @@ def read_jsonl(path: str | Path) -> list[dict]:
     Raises:
         UserError: the file is missing, or a line is not a JSON object (names file and line).
     """
-    rows = []
+    rows, number = [], 0
     try:
         with open(path, encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(stream, 1):  # noqa: B007
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
@@ -229,7 +229,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}, line {len(rows) + 1}: not valid JSON ({error})") from error
+        raise UserError(f"{path}, line {max(number, 1)}: not valid JSON ({error})") from error
     return rows
 
 
