@@ -48,7 +48,7 @@ class CLIPMoETowerOutput(ModelOutput):
 
 @dataclass
 class CLIPMoEOutput(ModelOutput):
-    """Output of both towers: CLIP's (`logits_per_image` `[B, B']`, normalised embeddings `[B, P]`) and balance losses."""
+    """CLIP's output (`logits_per_image` `[B, B']`, normalised embeddings `[B, P]`) and both towers' balance losses."""
 
     logits_per_image: Tensor | None = None
     logits_per_text: Tensor | None = None

@@ -81,7 +81,8 @@ class SparseMoE(nn.Module):
         return self.experts(tokens, chosen, weights).view_as(hidden_states), router_logits
 
 
-def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor, expert_of_row: Tensor, rows_per_expert: Tensor) -> Tensor:
+def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor, expert_of_row: Tensor,
+                    rows_per_expert: Tensor) -> Tensor:
     """`rows` `[R, in]`, sorted by expert, each through its expert's linear (`weight` `[E, out, in]`) -> `[R, out]`."""
     if not hasattr(F, "grouped_mm"):
         return _looped_linear(rows, weight, bias, rows_per_expert)

@@ -29,7 +29,7 @@ class UserError(Exception):
 
 
 def run_program(program: Callable[[Config], None], config_class: type[Config], usage: str) -> None:
-    """Reads the command line into `config_class`, runs `program`, and ends with one line and exit code 2 on user errors."""
+    """Reads the command line into `config_class` and runs `program`; user errors end it in one line and exit code 2."""
     try:
         program(load_config(config_class, sys.argv[1:], usage))
     except UserError as error:
@@ -42,7 +42,7 @@ def run_program(program: Callable[[Config], None], config_class: type[Config], u
 
 
 def fail(message: str) -> None:
-    """Prints one line to stderr and ends the process with exit code 2, at once: other ranks may wait in a collective."""
+    """Prints one line to stderr and ends the process with exit code 2; at once, since other ranks may be waiting."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if torch.distributed.is_available() and torch.distributed.is_initialized():

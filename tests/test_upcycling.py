@@ -64,7 +64,9 @@ def test_uniform_average_weighs_all_experts_equally(dense_models):
 
 
 def test_routers_are_a_function_of_the_seed(dense_models):
-    first, again, other = (dict(upcycling.router_parameters(upcycling.upcycle(dense_models, seed=s))) for s in (1, 1, 2))
+    first, again, other = (
+        dict(upcycling.router_parameters(upcycling.upcycle(dense_models, seed=seed))) for seed in (1, 1, 2)
+    )
     for name, weight in first.items():
         assert torch.equal(weight, again[name]) and not torch.equal(weight, other[name])
         assert weight.abs().max() <= 32**-0.5
@@ -111,8 +113,10 @@ def test_save_and_load_whole_and_vision_part(dense_models, inputs, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(tower.state_dict().values(), again.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("asked, computed", [(True, 2), (0, 0), (1, 1), (-2, 1), (-1, 2), ([0, -2], 1)])
-def test_unneeded_blocks_are_not_computed(dense_models, inputs, asked, computed):
+@pytest.mark.parametrize("asked, indices, computed", [
+    (True, [0, 1, 2], 2), (0, [0], 0), (1, [1], 1), (-2, [-2], 1), (-1, [-1], 2), ([0, -2], [0, -2], 1),
+])
+def test_unneeded_blocks_are_not_computed(dense_models, inputs, asked, indices, computed):
     tower = upcycling.upcycle(dense_models).eval().vision_model
     calls = []
     for layer in tower.encoder.layers:
@@ -121,7 +125,7 @@ def test_unneeded_blocks_are_not_computed(dense_models, inputs, asked, computed)
         output = tower(inputs[1], output_hidden_states=asked)
         assert len(calls) == computed and len(output.hidden_states) == 3
         everything = tower(inputs[1], output_hidden_states=True).hidden_states
-    for index in [asked] if isinstance(asked, int) and not isinstance(asked, bool) else asked if asked is not True else []:
+    for index in indices:
         assert torch.equal(output.hidden_states[index], everything[index])
     with pytest.raises(ValueError, match="-3..2"):
         tower(inputs[1], output_hidden_states=5)
