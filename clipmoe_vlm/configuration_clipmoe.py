@@ -55,7 +55,7 @@ class _TowerConfig(PretrainedConfig):
         if not 1 <= num_experts_per_tok <= num_experts:
             raise ValueError(f"num_experts_per_tok {num_experts_per_tok} must lie in 1..num_experts ({num_experts})")
         if not 0 <= first_moe_layer <= num_hidden_layers:
-            raise ValueError(f"first_moe_layer {first_moe_layer} must lie in 0..{num_hidden_layers}, the number of blocks")
+            raise ValueError(f"first_moe_layer {first_moe_layer} must lie in 0..{num_hidden_layers} (all blocks)")
         super().__init__(**kwargs)
 
     def is_moe_layer(self, layer: int) -> bool:
