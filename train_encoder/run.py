@@ -1,0 +1,257 @@
+"""Dense CLIP -> CLIP-MoE: `python -m train_encoder.run CONFIG.yaml [key=value ...]`, or the same under torchrun.
+
+Read `main` top to bottom. Each part leaves its result in the output folder under its final name only when it is
+whole, so that typing the command again goes on where the last run ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.utils import logging
+
+from clipmoe_vlm import CLIPMoEModel
+from clipmoe_vlm.convert import load_dense, processors_of, save_folder
+from clipmoe_vlm.runs import (
+    UserError,
+    atomic_write,
+    init_distributed,
+    prepare_output,
+    run_program,
+    write_json,
+)
+from clipmoe_vlm.upcycling import (
+    expert_parameters,
+    ffn_parameters,
+    router_parameters,
+    stretch_text_positions,
+    uniform_average,
+    upcycle,
+)
+
+from . import report
+from .clusters import accumulate, centres, stage_labels
+from .config import MAY_CHANGE, EncoderConfig, check
+from .data import Collate, Samples, build_index
+from .features import Items, encode
+from .sampler import batch_report, merge_small
+from .train import Run, stage_seed, steps_per_pass, train
+from .zero_shot import evaluate, load_held_out
+
+
+def main(config: EncoderConfig) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers run inside forked workers
+    logging.disable_progress_bar()
+    distributed = init_distributed()
+    check(config, distributed)
+    folder = Path(config.output_dir)
+
+    def prepare() -> None:
+        prepare_output(config, may_change=MAY_CHANGE)
+        for name, source in (("train", config.train_data), ("validation", config.validation_data)):
+            if source:
+                count = build_index(source, folder / "index" / f"{name}.jsonl", config.image_column,
+                                    config.caption_column, config.image_root)
+                print(f"{name} data: {count} samples in {source}", flush=True)
+        make_base(config, folder)
+
+    distributed.main_first(prepare)
+    base = CLIPMoEModel.from_pretrained(folder / "base")
+    collate = Collate(AutoImageProcessor.from_pretrained(folder / "base"),
+                      AutoTokenizer.from_pretrained(folder / "base"),
+                      base.config.text_config.max_position_embeddings, base.config.vision_config.image_size)
+    run = Run(config, distributed, folder, Samples(folder / "index" / "train.jsonl"), collate)
+    held_out = load_held_out(
+        config, Samples(folder / "index" / "validation.jsonl") if config.validation_data else None)
+
+    def measure(name: str, model: CLIPMoEModel, where: str) -> None:
+        evaluate(name, model, where, held_out, collate, folder, config, distributed)
+
+    measure("base", base, "base")
+    everything = np.zeros(len(run.samples), np.int64)  # one cluster of all samples: random batches
+    stages = config.num_experts - 1
+    mcl_steps = steps_of(config.mcl, everything)
+    budget = stages * mcl_steps + steps_of(config.router, everything)
+
+    if config.method == "direct":
+        tune_dense(run, "direct", base, everything, dataclasses.replace(config.mcl, max_steps=budget))
+        finish(run, CLIPMoEModel.from_pretrained(folder / "direct" / "model"))
+    elif config.method == "sparse_upcycling":
+        train_moe(run, "sparse_upcycling", mixture(config, [base] * config.num_experts),
+                  dataclasses.replace(config.mcl, max_steps=budget), experts_too=True)
+    else:
+        if config.method == "without_mcl":
+            names = ["stage_1"]
+            tune_dense(run, "stage_1", base, everything, dataclasses.replace(config.mcl, max_steps=stages * mcl_steps))
+            measure("expert_1", *load(folder, "stage_1/model"))
+        else:
+            names = [f"stage_{s}" for s in range(1, stages + 1)]
+            mcl_stages(run, names, everything, measure)
+        untuned = mixture(config, [base, *(load(folder, f"{name}/model")[0] for name in names)])
+        train_moe(run, "router", untuned, config.router, experts_too=False)
+        measure("random_routers", mixture(config, [base, *(load(folder, f"{n}/model")[0] for n in names)]),
+                "model before router tuning")
+        measure("uniform_average", uniform_average(load(folder, "model")[0]), "model, all experts weighted equally")
+    measure("final", *load(folder, "model"))
+    distributed.barrier()
+    if distributed.is_main:
+        report.write(folder)
+        print(f"done: the model is in {folder / 'model'}, the summary in {folder / 'summary.md'}", flush=True)
+
+
+def make_base(config: EncoderConfig, folder: Path) -> None:
+    """Writes `base/`: the dense CLIP in our format, its text positions stretched if wanted."""
+    if (folder / "base").is_dir():
+        return
+    try:
+        model = load_dense(config.model, config.architecture)
+        if config.text_length is not None and config.text_length != model.config.text_config.max_position_embeddings:
+            model = stretch_text_positions(model, config.text_length)
+        image_processor, tokenizer = processors_of(config.model, config.architecture, model.config)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"model: {error}") from error
+    layers = model.config.vision_config.num_hidden_layers
+    if config.first_moe_layer >= layers:
+        raise UserError(f"first_moe_layer: {config.first_moe_layer} leaves no MoE layer: the vision tower of "
+                        f"{config.model} has the blocks 0..{layers - 1}")
+    if tokenizer is None:
+        raise UserError(f"model {config.model}: it has no tokenizer files, and its vocabulary is not CLIP's; put a "
+                        "tokenizer_config.json with its files into its folder")
+    save_folder(model, folder / "base", image_processor, tokenizer)
+
+
+def steps_of(settings, labels: np.ndarray) -> int:
+    """Updates of a training on random batches.
+
+    Raises:
+        UserError: fewer samples than one batch.
+    """
+    if len(labels) < settings.batch_size:
+        raise UserError(f"train_data has {len(labels)} samples, fewer than one batch of {settings.batch_size}; lower "
+                        "mcl.batch_size and router.batch_size, or add data")
+    return settings.max_steps or settings.epochs * steps_per_pass(labels, settings.batch_size)
+
+
+def load(folder: Path, name: str) -> tuple[CLIPMoEModel, str]:
+    """A model of this run, and its place."""
+    return CLIPMoEModel.from_pretrained(folder / name), name
+
+
+def mixture(config: EncoderConfig, models: list[CLIPMoEModel]) -> CLIPMoEModel:
+    """The CLIP-MoE of these experts with fresh routers."""
+    return upcycle(models, num_experts_per_tok=min(config.top_k, len(models)),
+                   vision_first_moe_layer=config.first_moe_layer, expert_dropout=config.router.expert_dropout,
+                   seed=config.seed)
+
+
+def mcl_stages(run: Run, names: list[str], everything: np.ndarray, measure) -> None:
+    """Multistage contrastive learning: each stage clusters what the model before it sees and trains within clusters."""
+    config, folder = run.config, run.folder
+    before = "base"
+    for name in names:
+        stage = folder / name
+        if not (stage / "done.json").is_file():
+            labels = everything
+            if config.method == "dmu":
+                labels = cluster_stage(run, stage, before, None if before == "base" else folder / before.split("/")[0])
+            start = load(folder, before if config.init_from == "previous" else "base")[0]
+            tune_dense(run, name, start, labels, config.mcl)
+        before = f"{name}/model"
+        measure(f"expert_{name.removeprefix('stage_')}", *load(folder, before))
+
+
+def cluster_stage(run: Run, stage: Path, before: str, previous: Path | None) -> np.ndarray:
+    """Encodes the training set with the model `before`, clusters it, and returns the labels to draw batches from."""
+    config, distributed = run.config, run.distributed
+    features = stage / "features"
+    model = load(run.folder, before)[0].to(distributed.device).eval()
+    errors: list[str] = []
+    for key, feature, get, collate in (
+            ("image", model.get_image_features, run.samples.picture, run.collate.pictures),
+            ("text", model.get_text_features, run.samples.caption, run.collate.captions)):
+        if not (features / f"{key}.npy").is_file():
+            errors += encode(feature, Items(len(run.samples), get), collate, features / f"{key}.npy",
+                             dim=model.config.projection_dim, distributed=distributed, workers=config.workers,
+                             precision=config.precision, description=f"{stage.name}: encoding {key}s")
+
+    def cluster() -> None:
+        if (stage / "clusters.json").is_file():
+            return
+        for sentence in errors:
+            print(f"{stage.name}: skipped {sentence}", flush=True)
+        k = config.num_clusters
+        image, text = (np.load(features / f"{key}.npy", mmap_mode="r") for key in ("image", "text"))
+        labels = stage_labels(image, text, k, seed=stage_seed(config.seed, stage.name, "clusters"))
+        accumulated = accumulate(None if previous is None else np.load(previous / "labels.npy"), labels, k)
+        drawn = accumulated
+        if config.small_clusters == "merge":
+            parents = {int(c): int(c) // (k * k) for c in np.unique(accumulated[accumulated >= 0])}
+            drawn = merge_small(accumulated, centres(image, text, accumulated), parents, config.mcl.batch_size)
+        counts = batch_report(drawn, config.mcl.batch_size)
+        counts["unreadable_samples"] = int((labels < 0).sum())
+        for file, array in (("labels.npy", accumulated), ("batch_labels.npy", drawn)):
+            with atomic_write(stage / file, "wb") as stream:
+                np.save(stream, array)
+        write_json(stage / "clusters.json", counts)
+        lost = counts["dropped_samples"] / (counts["used_samples"] + counts["dropped_samples"])
+        print(f"{stage.name}: {counts['num_clusters']} clusters, {counts['too_small']} smaller than a batch; "
+              f"{counts['dropped_samples']} samples ({lost:.1%}) not drawn in a pass; "
+              f"{counts['unreadable_samples']} unreadable", flush=True)
+
+    distributed.main_first(cluster)
+    return np.load(stage / "batch_labels.npy")
+
+
+def tune_dense(run: Run, name: str, model: CLIPMoEModel, labels: np.ndarray, settings) -> None:
+    """Fine-tunes the feed-forward layers of a dense CLIP and saves it as `<name>/model`, once."""
+    stage = run.folder / name
+    if (stage / "done.json").is_file():
+        return
+    started = time.time()
+    trainable = dict(ffn_parameters(model, run.config.first_moe_layer))
+    steps = train(metric_name(run, name), model, trainable, labels, settings, run, stage)
+    save_done(run, model, stage / "model", stage, steps, started)
+
+
+def metric_name(run: Run, folder_name: str) -> str:
+    """What `metrics.jsonl` calls the training that fills this folder."""
+    return "direct" if run.config.method in ("direct", "without_mcl") else folder_name.replace("stage_", "mcl_")
+
+
+def train_moe(run: Run, name: str, model: CLIPMoEModel, settings, *, experts_too: bool) -> None:
+    """Trains the routers (and the experts, for sparse upcycling) and saves the result as `model`, once."""
+    stage = run.folder / name
+    if (stage / "done.json").is_file():
+        return
+    started, router = time.time(), run.config.router
+    for tower in (model.config.vision_config, model.config.text_config):
+        tower.router_z_loss_coef = router.z_loss_coef
+    trainable = dict(router_parameters(model)) | (dict(expert_parameters(model)) if experts_too else {})
+    everything = np.zeros(len(run.samples), np.int64)
+    steps = train(name, model, trainable, everything, settings, run, stage, balance_coef=router.balance_coef)
+    save_done(run, model, run.folder / "model", stage, steps, started)
+
+
+def finish(run: Run, model: CLIPMoEModel) -> None:
+    """Makes `model/` of a dense result."""
+    if run.distributed.is_main and not (run.folder / "model").is_dir():
+        save_folder(model, run.folder / "model", run.collate.image_processor, run.collate.tokenizer)
+    run.distributed.barrier()
+
+
+def save_done(run: Run, model: CLIPMoEModel, target: Path, stage: Path, steps: int, started: float) -> None:
+    """Saves a trained model, then says in `done.json` that it is there, then drops the checkpoint."""
+    if run.distributed.is_main:
+        save_folder(model.eval(), target, run.collate.image_processor, run.collate.tokenizer)
+        write_json(stage / "done.json", {"steps": steps, "seconds": round(time.time() - started, 1)})
+        (stage / "checkpoint.safetensors").unlink(missing_ok=True)
+    run.distributed.barrier()
+
+
+if __name__ == "__main__":
+    run_program(main, EncoderConfig, "python -m train_encoder.run")

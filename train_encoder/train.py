@@ -1,0 +1,210 @@
+"""The one training loop: MCL stages, router tuning, direct fine-tuning and sparse upcycling are all this loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from clipmoe_vlm import CLIPMoEModel
+from clipmoe_vlm.runs import Distributed, Metrics, UserError, atomic_write, progress, set_seed, write_json
+
+from .config import EncoderConfig, MCLConfig, RouterConfig
+from .data import Collate, Pairs, Samples, loader
+from .features import autocast
+from .loss import contrastive_loss, gather
+from .sampler import cluster_batches, rank_slice
+
+
+@dataclass
+class Run:
+    """What every part of a run shares."""
+
+    config: EncoderConfig
+    distributed: Distributed
+    folder: Path
+    samples: Samples
+    collate: Collate
+
+
+def stage_seed(*parts: object) -> int:
+    """A seed that depends on all of `parts` (names and numbers), the same in every process."""
+    return zlib.crc32(" ".join(map(str, parts)).encode())
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
+    """Of update `step` (from 1): linear warm-up to `peak` over `warmup` updates, then a cosine to zero at `total`."""
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / max(1, total - warmup)))
+
+
+def steps_per_pass(labels: np.ndarray, batch_size: int) -> int:
+    """Global batches of one pass over the clusters, without drawing them."""
+    _, sizes = np.unique(labels[labels >= 0], return_counts=True)
+    return int((sizes // batch_size).sum())
+
+
+def train(stage: str, model: CLIPMoEModel, trainable: dict[str, nn.Parameter], labels: np.ndarray,
+          settings: MCLConfig | RouterConfig, run: Run, folder: Path, *, balance_coef: float = 0.0) -> int:
+    """Trains `trainable` (everything else is frozen) and returns the number of updates made in all.
+
+    Nothing random outlives a step: batches follow from (seed, stage, pass), dropout from (seed, stage, step, rank).
+    So a run resumed from `folder/checkpoint.safetensors` ends with the very bits of an unbroken one.
+
+    Args:
+        labels: [N] cluster of each sample that batches are drawn from (see `cluster_batches`).
+        balance_coef: weight of image aux loss + text aux loss / 2, for models whose routers train.
+
+    Raises:
+        UserError: the loss or a gradient is not finite; the update is not made.
+    """
+    config, distributed = run.config, run.distributed
+    world_size, device = distributed.world_size, distributed.device
+    model.to(device).train().requires_grad_(False)
+    for parameter in trainable.values():
+        parameter.requires_grad_(True)
+    parameters = list(trainable.values())
+    optimizer = torch.optim.AdamW(parameters, settings.learning_rate, (0.9, 0.999),
+                                  weight_decay=settings.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    seed = stage_seed(config.seed, stage)
+    per_pass = steps_per_pass(labels, settings.batch_size)
+    total = settings.max_steps or settings.epochs * per_pass
+    checkpoint = folder / "checkpoint.safetensors"
+    step = load_checkpoint(checkpoint, trainable, optimizer, scaler)
+    metrics = None
+    if distributed.is_main:
+        metrics = Metrics(run.folder / "metrics.jsonl", lambda row: row["stage"] != stage or row["step"] <= step)
+        count = sum(parameter.numel() for parameter in parameters)
+        print(f"{stage}: {total} updates of {settings.batch_size} samples, {count:,} of "
+              f"{sum(p.numel() for p in model.parameters()):,} parameters train"
+              + (f", resuming after update {step}" if step else ""), flush=True)
+        if settings.warmup_steps >= total:
+            print(f"{stage}: note: warmup_steps ({settings.warmup_steps}) is not below the {total} updates, so the "
+                  "learning rate never gets beyond its warm-up", flush=True)
+    bar = progress(description=stage, total=total, initial=step, enabled=distributed.is_main)
+
+    while step < total:
+        epoch, done = divmod(step, per_pass)
+        batches = cluster_batches(labels, settings.batch_size, seed=seed, epoch=epoch)[done:done + total - step]
+        share = rank_slice(batches, distributed.rank, world_size)
+        for numbers, batch in zip(batches, loader(Pairs(run.samples), run.collate, share, config.workers), strict=True):
+            started = time.perf_counter()
+            step += 1
+            for sentence in batch["errors"]:
+                print(f"{stage}, step {step}: skipped {sentence}", flush=True)
+            set_seed(stage_seed(seed, step, distributed.rank))
+            lr = learning_rate(step, total, settings.learning_rate, settings.warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            valid = batch["valid"].to(device)
+            with autocast(distributed, config.precision):
+                output = model(input_ids=batch["input_ids"].to(device), pixel_values=batch["pixel_values"].to(device))
+            contrastive = contrastive_loss(output.image_embeds, output.text_embeds, valid,
+                                           label_smoothing=settings.label_smoothing, world_size=world_size)
+            image_aux, text_aux = output.vision_model_output.aux_loss, output.text_model_output.aux_loss
+            loss = contrastive + balance_coef * (image_aux + text_aux / 2)
+            values = mean_over_ranks(torch.stack([loss, contrastive, output.image_balance_loss,
+                                                  output.text_balance_loss]).detach(), world_size)
+            if not math.isfinite(values[0]):
+                stop_non_finite(f"loss is {values[0]}", stage, step, numbers, run, folder)
+
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            average_gradients(parameters, world_size)
+            scaler.unscale_(optimizer)
+            norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+            # In fp16 a gradient beyond the format's range is routine: the scaler leaves that update out.
+            if not math.isfinite(norm) and config.precision != "fp16":
+                stop_non_finite(f"gradient norm is {norm}", stage, step, numbers, run, folder)
+            scaler.step(optimizer)
+            scaler.update()
+
+            skipped = settings.batch_size - int(torch.cat(gather(valid.to(torch.uint8))).sum())
+            if metrics:
+                metrics.log(stage=stage, step=step, epoch=epoch, loss=values[0], contrastive=values[1],
+                            image_balance=values[2], text_balance=values[3], lr=lr, grad_norm=norm, skipped=skipped,
+                            samples_per_second=round(settings.batch_size / (time.perf_counter() - started), 2))
+                if step % config.checkpoint_every == 0 and step < total:
+                    save_checkpoint(checkpoint, trainable, optimizer, scaler, step)
+            bar.set_postfix_str(f"loss {values[0]:.4f}", refresh=False)
+            bar.update()
+    bar.close()
+    return total
+
+
+def mean_over_ranks(values: Tensor, world_size: int) -> list[float]:
+    if world_size > 1:
+        dist.all_reduce(values)
+    return (values / world_size).tolist()
+
+
+def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
+    """Replaces each gradient by its mean over ranks; a parameter that this rank's batch did not touch has zero."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if world_size == 1:
+        return
+    pending = [dist.all_reduce(parameter.grad, async_op=True) for parameter in parameters]
+    for parameter, work in zip(parameters, pending, strict=True):
+        work.wait()
+        parameter.grad /= world_size
+
+
+def stop_non_finite(what: str, stage: str, step: int, numbers: np.ndarray, run: Run, folder: Path) -> None:
+    """Ends the run before the update, naming the step and the samples of the global batch (all of them in a file)."""
+    ids = [run.samples.record(number)["id"] for number in numbers]
+    file = folder / "non_finite.json"
+    if run.distributed.is_main:
+        write_json(file, {"stage": stage, "step": step, "what": what, "ids": ids})
+    raise UserError(
+        f"{stage}, step {step}: the {what}; no update was made. Samples of the batch: {', '.join(ids[:8])}"
+        f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''} (all in {file}). Look at them, or use precision: "
+        "fp32 or a smaller learning rate in a new output_dir")
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(file: Path, trainable: dict[str, nn.Parameter], optimizer: torch.optim.AdamW,
+                    scaler: torch.amp.GradScaler, step: int) -> None:
+    """One safetensors file: trainable weights, AdamW's moments, the step. It replaces the older one when whole."""
+    tensors = {}
+    for name, parameter in trainable.items():
+        state = optimizer.state[parameter]  # empty while fp16 has left out every update so far
+        tensors[f"weight.{name}"] = parameter.detach()
+        tensors[f"step.{name}"] = state.get("step", torch.zeros(()))
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{key}.{name}"] = state.get(key, torch.zeros_like(parameter))
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()},
+                {"step": str(step), "scaler": json.dumps(scaler.state_dict())})
+    with atomic_write(file, "wb") as stream:
+        stream.write(data)
+
+
+def load_checkpoint(file: Path, trainable: dict[str, nn.Parameter], optimizer: torch.optim.AdamW,
+                    scaler: torch.amp.GradScaler) -> int:
+    """Fills weights and optimizer state from `file` and returns its step; 0 if there is no such file."""
+    if not file.is_file():
+        return 0
+    with safe_open(file, "pt") as tensors, torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(tensors.get_tensor(f"weight.{name}"))
+            optimizer.state[parameter] = {
+                "step": tensors.get_tensor(f"step.{name}"),  # AdamW wants its counter on the CPU
+                **{key: tensors.get_tensor(f"{key}.{name}").to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}}
+        metadata = tensors.metadata()
+    scaler.load_state_dict(json.loads(metadata["scaler"]))
+    return int(metadata["step"])
