@@ -1,0 +1,85 @@
+"""summary.md: the scores as tables, beside what saying yes to everything and chance would give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clipmoe_vlm.runs import atomic_write
+
+
+def write_summary(file: Path, scores: dict[str, Any]) -> str:
+    """Writes the summary of `scores` (the content of scores.json) to `file` and returns it."""
+    lines = [f"# Scores of {scores['model']}", "",
+             f"Rule `{scores['rule']}`, batch size {scores['batch_size']}, greedy decoding. Brackets: 95% intervals, "
+             "clustered by picture.", ""]
+    if "pope" in scores["suites"]:
+        lines += pope_table(scores["suites"]["pope"], scores["rule"])
+    if "mme" in scores["suites"]:
+        lines += mme_table(scores["suites"]["mme"])
+    lines += ["Question files (sha256):", ""]
+    for suite, categories in scores["suites"].items():
+        lines += [f"- {suite} {name}: `{figures['questions_sha256']}`" for name, figures in categories.items()
+                  if isinstance(figures, dict) and figures.get("questions_sha256")]
+    text = "\n".join(lines) + "\n"
+    with atomic_write(file) as stream:
+        stream.write(text)
+    return text
+
+
+def pope_table(sets: dict[str, Any], rule: str) -> list[str]:
+    unit = 1 if rule == "vlmevalkit" else 100
+    f1 = "f1_score" if rule == "lmms_eval" else "f1"
+    lines = ["## POPE", "",
+             "Percent. Always yes: accuracy and F1 of a model that says yes to everything; chance is 50.", "",
+             "| set | questions | pictures | accuracy | F1 | precision | recall | yes | always yes |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for name, one in sets.items():
+        if name == "mean":
+            keys = ("accuracy", f1, "precision", "recall", "yes_ratio")
+            figures = " | ".join(f"{unit * one[key]:.1f}" for key in keys)
+            lines.append(f"| mean of the sets | | | {figures} | |")
+            continue
+        yes_ratio = f"{unit * one['yes_ratio']:.1f}" if "yes_ratio" in one else "-"
+        lines.append(
+            f"| {name} | {one['n']} | {one['pictures']} "
+            f"| {with_interval(one['accuracy'], one['accuracy_interval'], unit)} "
+            f"| {with_interval(one[f1], one['f1_interval'], unit)} | {unit * one['precision']:.1f} | "
+            f"{unit * one['recall']:.1f} | {yes_ratio} | {unit * one['always_yes']['accuracy']:.1f}, "
+            f"{unit * one['always_yes']['f1']:.1f} |")
+    return lines + [""] + warnings(sets)
+
+
+def mme_table(tasks: dict[str, Any]) -> list[str]:
+    lines = ["## MME", "", "Points: 100 x accuracy + 100 x share of pictures with both questions right. Neither: "
+             "answers read as neither yes nor no, which are wrong.", "",
+             "| subtask | pictures | score (of 200) | accuracy % | both right % | neither | always yes | chance |",
+             "|---|---|---|---|---|---|---|---|"]
+    scored = {name: one for name, one in tasks.items() if isinstance(one, dict)}
+    for name, one in scored.items():
+        lines.append(f"| {name} | {one['pictures']} | {with_interval(one['score'], one['interval'])} | "
+                     f"{100 * one['acc']:.1f} | {100 * one['acc_plus']:.1f} | {one['other']} | "
+                     f"{one['always_yes']:.1f} | {one['chance']:.1f} |")
+    lines.append(f"| total (of {tasks['total_max']}) | | {with_interval(tasks['total'], tasks['total_interval'])} "
+                 "| | | | "
+                 f"{sum(one['always_yes'] for one in scored.values()):.1f} | "
+                 f"{sum(one['chance'] for one in scored.values()):.1f} |")
+    lines.append("")
+    for name, members in (("perception", 10), ("cognition", 4)):
+        value = tasks[name]
+        lines.append(f"- {name}: " + (f"{value:.1f} of {200 * members}" if value is not None else
+                                      f"no sum, for some of its {members} subtasks are not there"))
+    return lines + [""] + warnings(scored)
+
+
+def warnings(categories: dict[str, Any]) -> list[str]:
+    lines = [f"- {name}: {one['warn']}" for name, one in categories.items() if one.get("warn")]
+    lines += [f"- {name}: {one['empty_answers']} of {one['n']} answers are empty" for name, one in categories.items()
+              if one.get("empty_answers")]
+    return [*lines, ""] if lines else []
+
+
+def with_interval(value: float, interval: list[float] | None, unit: float = 1) -> str:
+    if interval is None:
+        return f"{unit * value:.1f}"
+    return f"{unit * value:.1f} [{unit * interval[0]:.1f}, {unit * interval[1]:.1f}]"
