@@ -15,7 +15,7 @@ from rich.table import Table
 
 from clipmoe_vlm.runs import UserError, atomic_write, fail, write_json
 from demo import report_figures as figures
-from demo.report_facts import KIND_NAMES, difference_in_words, gather, in_words, percent, points
+from demo.report_facts import KIND_NAMES, gather, in_words, percent
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 
@@ -29,7 +29,7 @@ def write_report(run: Path) -> dict:
     facts = gather(run)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, points=points, in_words=in_words, difference=difference_in_words)
+    environment.filters["in_words"] = in_words
     pictures = {
         "hard": figures.data_uri(figures.hard_captions(facts)),
         "losses": figures.data_uri(figures.losses(facts["losses"])),

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import random
 import struct
 from pathlib import Path
 
@@ -51,10 +52,6 @@ def in_words(value: tuple) -> str:
     if low is not None and high < 0:
         return "worse"
     return "no evidence of a difference"
-
-
-def difference_in_words(value: tuple, unit: float = 100) -> str:
-    return f"{points(value, unit)}: {in_words(value)}"
 
 
 def listed(names: list[str]) -> str:
@@ -143,16 +140,15 @@ def picture(file: Path, size: int = 160) -> str:
 
 
 def questions(run: Path) -> list[dict]:
-    """Twenty test questions at equal distances in each suite's file, so that nobody chose them, with both answers."""
+    """Twenty test questions drawn with a fixed seed, half from each suite, with both models' answers."""
     answers = {tower: {suite: read_jsonl(run / "eval" / tower / "predictions" / f"{suite}.jsonl")
                        for suite in ("pope", "mme")} for tower in TOWERS}
     shown = []
     for suite, module in (("pope", pope), ("mme", mme)):
         rows = answers["base"][suite]
         others = {row["id"]: row for row in answers["clipmoe"][suite]}
-        number = min(QUESTIONS_SHOWN // 2, len(rows))
-        for index in range(number):
-            row = rows[(2 * index + 1) * len(rows) // (2 * number)]
+        for index in sorted(random.Random(0).sample(range(len(rows)), min(QUESTIONS_SHOWN // 2, len(rows)))):
+            row = rows[index]
             cells = [{"answer": one["answer"], "right": module.parse(one).lower() == row["label"].lower()}
                      for one in (row, others[row["id"]])]
             shown.append({"suite": suite.upper(), "category": row["category"], "question": row["question"],
@@ -185,9 +181,10 @@ def vlm_rows(run: Path) -> list[dict]:
                 yes, chance = first[name]["always_yes"], first[name]["chance"]
             gap = (one["difference"], *(one["interval"] or (None, None)))
             ratios = [scores[tower][suite][name]["yes_ratio"] for tower in TOWERS] if not total else None
+            asked = sum(task["n"] for task in subtasks) if total else first[name]["n"]
             rows.append({
                 "suite": suite.upper(), "name": {"all": "all three sets"}.get(name, name), "key": name,
-                "n": one["n"], "pictures": one["pictures"], "values": cells, "gap": gap, "unit": unit,
+                "n": asked, "values": cells, "gap": gap, "unit": unit,
                 "base": percent(tuple(None if x is None else x / 100 for x in cells["base"])),
                 "clipmoe": percent(tuple(None if x is None else x / 100 for x in cells["clipmoe"])),
                 "difference": points(gap, unit), "words": in_words(gap), "p_value": one["p_value"],
@@ -384,12 +381,12 @@ def targets(models: dict[str, dict], vlm: list[dict]) -> list[dict]:
         result.append({"met": met, "what": "CLIP-MoE's hard-caption accuracy on colour is above its base's, intervals "
                                            "apart",
                        "found": f"{percent(moe['color'])} against {percent(base['color'])}"})
-    random = next(row for row in vlm if row["suite"] == "POPE" and row["key"] == "random")
+    on_random = next(row for row in vlm if row["suite"] == "POPE" and row["key"] == "random")
     for index, (tower, title) in enumerate(TOWERS.items()):
-        accuracy, ratio = random["values"][tower][0], random["yes_ratio"][index]
+        accuracy, ratio = on_random["values"][tower][0], on_random["yes_ratio"][index]
         result.append({"met": accuracy >= 70 and 0.35 <= ratio <= 0.65,
                        "what": f"The VLM with the {title}: at least 70% on POPE random, yes ratio 35-65%",
-                       "found": f"{random[tower]}%, yes ratio {100 * ratio:.0f}%"})
+                       "found": f"{on_random[tower]}%, yes ratio {100 * ratio:.0f}%"})
     return result
 
 
