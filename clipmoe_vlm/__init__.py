@@ -3,6 +3,7 @@
 from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
 from .hf import register
 from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
+from .tower import CLIPMoEVisionTower
 
 register()
 
@@ -12,4 +13,5 @@ __all__ = [
     "CLIPMoETextConfig",
     "CLIPMoEVisionConfig",
     "CLIPMoEVisionModel",
+    "CLIPMoEVisionTower",
 ]
