@@ -1,0 +1,10 @@
+"""`deepspeed train_vlm/run.py CONFIG.yaml [key=value ...]`; for one process also `python -m train_vlm.run ...`."""
+
+from __future__ import annotations
+
+from clipmoe_vlm.runs import run_program
+from train_vlm.config import VLMConfig
+from train_vlm.train import train
+
+if __name__ == "__main__":
+    run_program(train, VLMConfig, "deepspeed train_vlm/run.py")

@@ -1,0 +1,232 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from clipmoe_vlm.runs import Distributed, Metrics, UserError, init_distributed, prepare_output, progress, set_seed
+from train_vlm.build_ops import prepare_deepspeed
+from train_vlm.chat import ChatEncoder
+from train_vlm.checkpoint import gather_weights, load_checkpoint, remove_checkpoints, save_checkpoint, save_vlm
+from train_vlm.config import MAY_CHANGE, VLMConfig, check
+from train_vlm.data import Collator, ConversationDataset, read_samples, sample_lengths
+from train_vlm.model import LabelLoss, VLMLoss, build, describe, parameter_groups, set_trainable, tokens_per_picture
+from train_vlm.report import write_summary
+from train_vlm.sampler import BatchPlan
+
+
+def train(config: VLMConfig) -> None:
+    """Trains a VLM from start, or from its last checkpoint, to the finished folder `output_dir/model`."""
+    processes = start_processes()
+    check(config, processes.world_size)
+    output = Path(processes.main_first(partial(prepare_output, config, MAY_CHANGE)))
+    if (output / "model").is_dir():
+        if processes.is_main:
+            print(f"{output / 'model'} is finished; remove {output} to train again")
+        return
+
+    samples = read_samples(config.data)
+    set_seed(config.seed)
+    model, processor = build(config)
+    set_trainable(model, config)
+    groups = parameter_groups(model, config)
+    if processes.is_main:
+        print(describe(model, groups), flush=True)
+
+    accumulation_steps = config.global_batch_size // (config.micro_batch_size * processes.world_size)
+    plan = BatchPlan(sample_lengths(samples), config.micro_batch_size, accumulation_steps, processes.world_size,
+                     config.group_by_modality_length, config.seed)
+    if len(samples) < config.global_batch_size:
+        raise UserError(f"{config.data} holds {len(samples)} samples, fewer than global_batch_size "
+                        f"{config.global_batch_size}; lower global_batch_size")
+    total_steps = min(plan.steps_per_epoch * config.epochs, config.max_steps or math.inf)
+    check_length(config, model)
+
+    engine = start_engine(VLMLoss(model), groups, config, accumulation_steps)
+    state = load_checkpoint(engine, output / "checkpoints") or {"step": 0}
+    first_step = state["step"]
+
+    picture_tokens = tokens_per_picture(model.config)
+    vision = model.config.vision_config
+    dataset = ConversationDataset(
+        samples, Path(config.image_folder or Path(config.data).parent),
+        ChatEncoder(processor.tokenizer, processor.chat_template), processor.image_processor,
+        model.config.image_token_id, picture_tokens, config.max_length)
+    loader = iter(DataLoader(
+        dataset, batch_sampler=plan.micro_batches(processes.rank, first_step, total_steps),
+        collate_fn=Collator(processor.tokenizer.pad_token_id, (vision.num_channels, *[vision.image_size] * 2)),
+        num_workers=config.workers, prefetch_factor=4 if config.workers else None,
+        generator=torch.Generator().manual_seed(config.seed)))  # its own: the loader must not move the model's
+    # Without ZeRO in float32 DeepSpeed clips but keeps the norm to itself.
+    engine_clips = config.zero_stage > 0 or config.precision != "fp32"
+    trained = [parameter for group in groups for parameter in group["params"]]
+    peak_rates = {group["name"]: group["lr"] for group in groups}
+    metrics = Metrics(output / "metrics.jsonl", keep=lambda row: row["step"] <= first_step) if processes.is_main else None
+    bar = progress(range(first_step, total_steps), description="train_vlm", total=total_steps, initial=first_step,
+                   enabled=processes.is_main)
+
+    for step in bar:
+        started = time.perf_counter()
+        batches = [next(loader) for _ in range(accumulation_steps)]
+        counts = totals(batches, processes)
+        if not counts["label_tokens"]:
+            problems = [problem for batch in batches for problem in batch["problems"]]
+            stop(processes, f"step {step + 1}: no sample of the batch can be used ({'; '.join(problems[:3])})")
+        # Every step draws dropout from its own seed: a resumed run needs no generator state.
+        torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + processes.rank)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = peak_rates[group["name"]] * schedule(step, total_steps, config.warmup_ratio)
+
+        losses = []
+        for batch in batches:
+            loss_sum, aux_loss = engine(**{name: batch[name].to(processes.device) for name in
+                                           ("input_ids", "attention_mask", "labels", "pixel_values")},
+                                        pictures=batch["pictures"])
+            # Each label token of the global batch weighs the same wherever it is: the engine will divide by
+            # processes and micro-batches, so multiply by them first. Aux losses are averaged by pictures.
+            parts = torch.stack([loss_sum / counts["label_tokens"],
+                                 aux_loss * (batch["pictures"] / max(counts["pictures"], 1))])
+            losses.append(parts.detach())
+            loss = parts[0] + config.router_aux_loss_coef * parts[1]
+            engine.backward(loss * (processes.world_size * accumulation_steps))
+            if batch is batches[-1]:
+                lm_loss, aux = summed(torch.stack(losses).sum(0), processes)
+                if not math.isfinite(lm_loss + aux):
+                    bad = [b["ids"] for b, part in zip(batches, losses, strict=True) if not part.isfinite().all()]
+                    stop(processes, f"step {step + 1}: the loss is not finite ({lm_loss}, aux {aux}); nothing was "
+                                    "updated; samples: ", bad)
+                if engine_clips:
+                    engine.step()
+                    grad_norm = float(engine.get_global_grad_norm() or 0.0)
+                else:
+                    grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
+                    engine.step()
+            else:
+                engine.step()
+
+        if not math.isfinite(grad_norm):
+            stop(processes, f"step {step + 1}: the gradient is not finite; the last checkpoint is good; samples: ",
+                 [batch["ids"] for batch in batches])
+        if metrics:
+            seconds = time.perf_counter() - started
+            metrics.log(step=step + 1, loss=lm_loss + config.router_aux_loss_coef * aux, lm_loss=lm_loss, aux_loss=aux,
+                        lr={group["name"]: group["lr"] for group in engine.optimizer.param_groups},
+                        grad_norm=grad_norm, tokens_per_second=round(counts["tokens"] / seconds, 1), **counts)
+            bar.set_postfix(loss=f"{lm_loss:.3f}", refresh=False)
+            for problem in (problem for batch in batches for problem in batch["problems"]):
+                bar.write(f"skipped sample {problem}")
+        if (step + 1) % config.checkpoint_every == 0 and step + 1 < total_steps:
+            save_checkpoint(engine, output / "checkpoints", step + 1, {"step": step + 1}, processes)
+
+    weights = gather_weights(model, config.zero_stage, processes.is_main)
+    if processes.is_main:
+        save_vlm(model, weights, processor, config, output / "model")
+        write_summary(output, config, describe(model, groups))
+        remove_checkpoints(output / "checkpoints")
+        print(f"finished: {output / 'model'}")
+    processes.barrier()
+
+
+def start_processes() -> Distributed:
+    """Joins the launcher's processes through DeepSpeed; without a launcher this is one process of one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
+    prepare_deepspeed()
+    import deepspeed
+
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return init_distributed()
+
+
+def start_engine(module: VLMLoss, groups: list[dict[str, Any]], config: VLMConfig, accumulation_steps: int) -> Any:
+    """Hands module and AdamW to DeepSpeed."""
+    import deepspeed
+
+    from clipmoe_vlm.moe import SparseMoE
+
+    if config.zero_stage == 3:
+        # Gathered as a whole: which experts get tokens must not decide which collectives a process takes part in.
+        kinds = {type(m) for m in module.modules() if isinstance(m, (SparseMoE, LabelLoss))}
+        deepspeed.utils.set_z3_leaf_modules(module, list(kinds))
+    trained = sum(p.numel() for group in groups for p in group["params"])
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(trained, 500_000_000)}
+    if config.zero_stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": min(trained, 50_000_000), "stage3_param_persistence_threshold": 10_000}
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if config.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    settings = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": config.max_grad_norm if config.zero_stage or config.precision != "fp32" else 0.0,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
+
+
+def check_length(config: VLMConfig, model: Any) -> None:
+    """Raises UserError if pictures leave no room for words, or if samples may be longer than the language model."""
+    picture_tokens = tokens_per_picture(model.config)
+    if picture_tokens + 16 > config.max_length:
+        raise UserError(f"max_length: {config.max_length} tokens leave no room beside the {picture_tokens} of a picture")
+    limit = getattr(model.config.text_config, "max_position_embeddings", None)
+    if limit and config.max_length > limit:
+        raise UserError(f"max_length: {config.max_length} is more than the language model's {limit} positions")
+
+
+def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
+    """Share of the peak learning rate at update `step` (from 0): linear warm-up from 0, then half a cosine."""
+    warmup = math.ceil(total_steps * warmup_ratio)
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+def totals(batches: list[dict[str, Any]], processes: Distributed) -> dict[str, int]:
+    """Counts of the global batch: label tokens, tokens, pictures, samples used, skipped and truncated."""
+    values = [sum(counts) for counts in zip(*(
+        (batch["label_tokens"], batch["tokens"], batch["pictures"], len(batch["ids"]), len(batch["problems"]),
+         batch["truncated"]) for batch in batches), strict=True)]
+    summed_values = summed(torch.tensor(values, dtype=torch.float64), processes)
+    names = ("label_tokens", "tokens", "pictures", "samples", "skipped", "truncated")
+    return dict(zip(names, map(int, summed_values), strict=True))
+
+
+def summed(values: torch.Tensor, processes: Distributed) -> list[float]:
+    """Sums a small vector over the processes."""
+    if processes.world_size > 1:
+        values = values.to(processes.device)
+        torch.distributed.all_reduce(values)
+    return values.tolist()
+
+
+def stop(processes: Distributed, message: str, samples: list[list[str]] | None = None) -> None:
+    """Ends all processes with one sentence, which names the samples of all of them."""
+    ids = [sample for batch in samples or [] for sample in batch]
+    if processes.world_size > 1:
+        gathered: list[Any] = [None] * processes.world_size
+        torch.distributed.all_gather_object(gathered, ids)
+        ids = [sample for part in gathered for sample in part]
+    if not processes.is_main:
+        time.sleep(3)  # the launcher ends all when the first one ends: let the main process speak
+        os._exit(2)
+    raise UserError(message + ", ".join(ids[:16]) + (" ..." if len(ids) > 16 else ""))
