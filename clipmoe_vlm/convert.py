@@ -87,9 +87,8 @@ def processors_of(source: str | Path, architecture: str | None = None,
                   config: CLIPMoEConfig | CLIPMoEVisionConfig | None = None) -> tuple[CLIPImageProcessor, Any]:
     """Image processor and tokenizer of a source.
 
-    A folder's own files come first. Else: pictures as its open_clip_config.json says, or as OpenAI's CLIP; CLIP's BPE
-    (from the open_clip package) when the vocabulary has its 49,408 entries, and no tokenizer (None) for another one
-    or for a vision tower alone.
+    The tokenizer is that of the folder, else CLIP's BPE (from the open_clip package) when the vocabulary has its 49,408
+    entries; None for another vocabulary or for a vision tower alone. Image processor: see `image_processor_of`.
 
     Args:
         config: the source's configuration; needed for an official state dict, else read from the source.
@@ -97,18 +96,36 @@ def processors_of(source: str | Path, architecture: str | None = None,
     source = Path(source)
     if config is None:
         config = _folder_config(source) if source.is_dir() else _read(source, architecture, None)[0]
-    vision = config.vision_config if isinstance(config, CLIPMoEConfig) else config
-    if (source / "preprocessor_config.json").is_file():
-        image_processor = CLIPImageProcessor.from_pretrained(source)
-    else:
-        image_processor = _image_processor(source, vision.image_size)
     if not isinstance(config, CLIPMoEConfig):
-        return image_processor, None
+        return image_processor_of(source, config.image_size), None
+    image_processor = image_processor_of(source, config.vision_config.image_size)
     if (source / "tokenizer_config.json").is_file():
         return image_processor, AutoTokenizer.from_pretrained(source)
     if config.text_config.vocab_size == CLIP_VOCABULARY:
         return image_processor, clip_tokenizer(config.text_config.max_position_embeddings)
     return image_processor, None
+
+
+def image_processor_of(source: str | Path, image_size: int) -> CLIPImageProcessor:
+    """The source's own image processor; else as open_clip_config.json says, or as OpenAI's CLIP, at `image_size`.
+
+    Raises:
+        ValueError: open_clip_config.json asks for another kind of resizing than CLIP's.
+    """
+    source = Path(source)
+    if (source / "preprocessor_config.json").is_file():
+        return CLIPImageProcessor.from_pretrained(source)
+    file = source / "open_clip_config.json"
+    values = _json(file).get("preprocess_cfg", {}) if file.is_file() else {}
+    resize_mode, interpolation = values.get("resize_mode", "shortest"), values.get("interpolation", "bicubic")
+    resample = {"bicubic": 3, "bilinear": 2}.get(interpolation)  # PIL's numbers
+    if resize_mode != "shortest" or resample is None:
+        raise ValueError(f"{file}: pictures are resized by mode '{resize_mode}' and interpolation '{interpolation}'; "
+                         "supported are mode 'shortest' (then a centre crop) with 'bicubic' or 'bilinear'")
+    statistics = {ours: values[theirs] for theirs, ours in (("mean", "image_mean"), ("std", "image_std"))
+                  if theirs in values}
+    return CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size},
+                              resample=resample, **statistics)
 
 
 def clip_tokenizer(max_length: int) -> CLIPTokenizer:
@@ -332,21 +349,6 @@ def _weights(file: Path) -> State:
     if all(name.startswith("module.") for name in state):
         state = {name[len("module."):]: tensor for name, tensor in state.items()}
     return state
-
-
-def _image_processor(source: Path, image_size: int) -> CLIPImageProcessor:
-    """As `preprocess_cfg` in open_clip_config.json says; without one as OpenAI's CLIP, at `image_size`."""
-    file = source / "open_clip_config.json"
-    values = _json(file).get("preprocess_cfg", {}) if file.is_file() else {}
-    resize_mode, interpolation = values.get("resize_mode", "shortest"), values.get("interpolation", "bicubic")
-    resample = {"bicubic": 3, "bilinear": 2}.get(interpolation)  # PIL's numbers
-    if resize_mode != "shortest" or resample is None:
-        raise ValueError(f"{file}: pictures are resized by mode '{resize_mode}' and interpolation '{interpolation}'; "
-                         "supported are mode 'shortest' (then a centre crop) with 'bicubic' or 'bilinear'")
-    statistics = {ours: values[theirs] for theirs, ours in (("mean", "image_mean"), ("std", "image_std"))
-                  if theirs in values}
-    return CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size},
-                              resample=resample, **statistics)
 
 
 def _build(model_class: type, config: Any, state: State, source: str | Path) -> Any:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_clipmoe import CLIPMoEVisionConfig
-from .convert import load_vision, processors_of, vision_config_of
+from .convert import image_processor_of, load_vision, vision_config_of
 from .modeling_clipmoe import CLIPMoETowerOutput
 from .routing import expert_load, router_entropy
 from .upcycling import expert_parameters, router_parameters
@@ -47,7 +47,7 @@ class CLIPMoEVisionTower(nn.Module):
         self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
         self.trainable = bool(getattr(args, "unfreeze_mm_vision_tower", False))
         self.cfg_only = vision_config_of(vision_tower)
-        self.image_processor, _ = processors_of(vision_tower, config=self.cfg_only)
+        self.image_processor = image_processor_of(vision_tower, self.cfg_only.image_size)
         self.scales = self._read_scales(args) if getattr(args, "s2", False) else []
         self._check_arguments()
         if self.scales:

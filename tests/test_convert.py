@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -70,11 +71,7 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess:
 def test_command_line_in_a_process_of_its_own(tmp_path):
     write_official("golden_full", tmp_path / "official.pt")
     words = [sys.executable, "-m", "clipmoe_vlm", "convert", str(tmp_path / "official.pt"), str(tmp_path / "folder")]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(words, capture_output=True, text=True, cwd=root)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    done = subprocess.run([*words, "--top-k", "2"], capture_output=True, text=True, cwd=root)
+    done = subprocess.run([*words, "--top-k", "2"], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
     assert "4 experts (top 2) from block 0 on" in done.stdout
     assert (tmp_path / "folder" / "model.safetensors").is_file()
@@ -339,9 +336,9 @@ def test_open_clip_folder_with_its_vocabulary_and_preprocessing(weights, tmp_pat
 def test_architecture_by_open_clips_name(tmp_path):
     import open_clip
 
-    theirs = open_clip.create_model("ViT-B-32", pretrained=None)
+    theirs = open_clip.create_model("ViT-S-32", pretrained=None)
     torch.save(theirs.state_dict(), tmp_path / "weights.pt")
-    ours = load_dense(tmp_path / "weights.pt", "ViT-B-32")
+    ours = load_dense(tmp_path / "weights.pt", "ViT-S-32")
     assert ours.config.vision_config.hidden_act == "gelu"
     pixels = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
@@ -410,7 +407,8 @@ def test_unreadable_files_are_refused(tmp_path):
     refused("not a readable weights file", tmp_path / "text.safetensors", "--top-k", "2")
     torch.save({"numbers": [1, 2]}, tmp_path / "numbers.pt")
     refused("holds no state dict", tmp_path / "numbers.pt", "--top-k", "2")
-    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("model/constants.pkl", "what a TorchScript archive has and a state dict has not")
     refused("TorchScript", tmp_path / "script.pt")
     hf_clip(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPImageProcessor, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig
+from transformers import CLIPModel as HFCLIPModel
 from transformers import CLIPVisionModel as HFCLIPVisionModel
 
 from clipmoe_vlm import CLIPMoEConfig, CLIPMoEModel, CLIPMoEVisionTower
@@ -87,6 +88,35 @@ def test_vision_folder_of_this_transformers_version(tmp_path):
     tower = CLIPMoEVisionTower(str(tmp_path), arguments())
     expected = theirs(images, output_hidden_states=True).hidden_states[-2][:, 1:]
     torch.testing.assert_close(tower(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_whole_clips_of_transformers_and_open_clip_serve_as_towers(tmp_path):
+    images = pictures()
+    config = CLIPConfig(vision_config={**TOWER_SIZES, "image_size": 32, "patch_size": 8},
+                        text_config={**TOWER_SIZES, "vocab_size": 49408}, projection_dim=16)
+    theirs = HFCLIPModel(config).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    expected = theirs.vision_model(images, output_hidden_states=True).hidden_states[-2][:, 1:]
+    tower = CLIPMoEVisionTower(str(tmp_path / "hf"), arguments())
+    torch.testing.assert_close(tower(images), expected, rtol=1e-5, atol=1e-5)
+    assert tower.image_processor.size["shortest_edge"] == 32
+
+    import open_clip
+
+    architecture = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    model = open_clip.CLIP(**architecture).eval()
+    (tmp_path / "open_clip").mkdir()
+    (tmp_path / "open_clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": architecture}))
+    save_file(model.state_dict(), tmp_path / "open_clip" / "open_clip_model.safetensors")
+    blocks = []
+    model.visual.transformer.resblocks[0].register_forward_hook(lambda *call: blocks.append(call[-1]))
+    model.encode_image(images)
+    features = CLIPMoEVisionTower(str(tmp_path / "open_clip"), arguments())(images)
+    torch.testing.assert_close(features, blocks[0][:, 1:], rtol=1e-5, atol=1e-5)
 
 
 def test_moe_folder_gives_the_models_hidden_state(moe_folder):

@@ -26,7 +26,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from clipmoe_vlm import CLIPMoEVisionModel
-from clipmoe_vlm.convert import load_vision, processors_of
+from clipmoe_vlm.convert import image_processor_of, load_vision
 from clipmoe_vlm.moe import Experts, Router
 from clipmoe_vlm.runs import UserError
 from train_vlm.chat import IGNORE_INDEX, IMAGE_TOKEN, chat_template
@@ -143,7 +143,8 @@ def _check_same_language_model(llm: nn.Module, model: LlavaForConditionalGenerat
 def load_tower(source: str) -> tuple[CLIPMoEVisionModel, Any]:
     """The vision tower of a CLIP-MoE or of any dense CLIP that the converter reads, and its image processor."""
     try:
-        return load_vision(source).float(), processors_of(source)[0]
+        tower = load_vision(source).float()
+        return tower, image_processor_of(source, tower.config.image_size)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"vision_tower: {error}") from error
 
