@@ -108,7 +108,9 @@ def make_run(run: Path, tiny_config, color: float, vlm: tuple[float, float]) -> 
         shutil.copytree(dmu / "model", run / "vlm" / tower / "stage_2" / "model")
     write_json(run / "eval" / "clipmoe" / "compare.json", compare_runs(run / "eval" / "base", run / "eval" / "clipmoe"))
     write_json(run / "timing.json", {"size": "tiny", "llm": "little", "steps": [
-        {"name": "DMU", "command": "python -m train_encoder.run a.yaml", "seconds": 61.0}]})
+        {"name": "DMU", "command": "python -m train_encoder.run a.yaml", "seconds": 61.0, "beside": ["direct"]},
+        {"name": "direct", "command": "python -m train_encoder.run b.yaml", "seconds": 50.0, "beside": ["DMU"]},
+        {"name": "compare", "command": "python -m eval_vlm.compare a b", "seconds": 4.0, "beside": []}]})
     return run
 
 
@@ -136,6 +138,7 @@ def test_the_verdict_follows_the_numbers(good, tmp_path, tiny_config):
     assert summary["hard_captions"]["clipmoe"]["color"][0] == pytest.approx(0.9)
     gained, low, high = summary["hard_captions_clipmoe_minus_base"]["color"]
     assert gained == pytest.approx(0.4) and low > 0
+    assert summary["seconds"] == 65.0  # the first two ran side by side
     assert summary["vlm"]["POPE all"]["difference"][1] > 0
     assert [goal["met"] for goal in summary["targets"]] == [True, False, True]  # 60% of POPE random is below 70%
 
