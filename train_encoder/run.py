@@ -62,7 +62,8 @@ def main(config: EncoderConfig) -> None:
 
     distributed.main_first(prepare)
     base = CLIPMoEModel.from_pretrained(folder / "base")
-    collate = Collate(AutoImageProcessor.from_pretrained(folder / "base"),
+    # PIL's resizing is what CLIP was trained with; torchvision's differs in the last bits.
+    collate = Collate(AutoImageProcessor.from_pretrained(folder / "base", backend="pil"),
                       AutoTokenizer.from_pretrained(folder / "base"),
                       base.config.text_config.max_position_embeddings, base.config.vision_config.image_size)
     run = Run(config, distributed, folder, Samples(folder / "index" / "train.jsonl"), collate)
@@ -79,7 +80,7 @@ def main(config: EncoderConfig) -> None:
     budget = stages * mcl_steps + steps_of(config.router, everything)
 
     if config.method == "direct":
-        tune_dense(run, "direct", base, everything, dataclasses.replace(config.mcl, max_steps=budget))
+        tune_dense(run, "direct", "base", everything, dataclasses.replace(config.mcl, max_steps=budget))
         finish(run, CLIPMoEModel.from_pretrained(folder / "direct" / "model"))
     elif config.method == "sparse_upcycling":
         train_moe(run, "sparse_upcycling", mixture(config, [base] * config.num_experts),
@@ -87,7 +88,8 @@ def main(config: EncoderConfig) -> None:
     else:
         if config.method == "without_mcl":
             names = ["stage_1"]
-            tune_dense(run, "stage_1", base, everything, dataclasses.replace(config.mcl, max_steps=stages * mcl_steps))
+            tune_dense(run, "stage_1", "base", everything,
+                       dataclasses.replace(config.mcl, max_steps=stages * mcl_steps))
             measure("expert_1", *load(folder, "stage_1/model"))
         else:
             names = [f"stage_{s}" for s in range(1, stages + 1)]
@@ -159,8 +161,7 @@ def mcl_stages(run: Run, names: list[str], everything: np.ndarray, measure) -> N
             labels = everything
             if config.method == "dmu":
                 labels = cluster_stage(run, stage, before, None if before == "base" else folder / before.split("/")[0])
-            start = load(folder, before if config.init_from == "previous" else "base")[0]
-            tune_dense(run, name, start, labels, config.mcl)
+            tune_dense(run, name, before if config.init_from == "previous" else "base", labels, config.mcl)
         before = f"{name}/model"
         measure(f"expert_{name.removeprefix('stage_')}", *load(folder, before))
 
@@ -207,12 +208,13 @@ def cluster_stage(run: Run, stage: Path, before: str, previous: Path | None) -> 
     return np.load(stage / "batch_labels.npy")
 
 
-def tune_dense(run: Run, name: str, model: CLIPMoEModel, labels: np.ndarray, settings) -> None:
-    """Fine-tunes the feed-forward layers of a dense CLIP and saves it as `<name>/model`, once."""
+def tune_dense(run: Run, name: str, start: str, labels: np.ndarray, settings) -> None:
+    """Fine-tunes the feed-forward layers of the run's dense CLIP `start` and saves it as `<name>/model`, once."""
     stage = run.folder / name
     if (stage / "done.json").is_file():
         return
     started = time.time()
+    model = load(run.folder, start)[0]
     trainable = dict(ffn_parameters(model, run.config.first_moe_layer))
     steps = train(metric_name(run, name), model, trainable, labels, settings, run, stage)
     save_done(run, model, stage / "model", stage, steps, started)

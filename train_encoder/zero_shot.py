@@ -158,7 +158,8 @@ def evaluate(name: str, model: CLIPMoEModel, where: str, held_out: HeldOut, coll
             collate.pictures if of_pictures else collate.captions, scratch / f"{key}.npy",
             dim=model.config.projection_dim, distributed=distributed, workers=config.workers,
             precision=config.precision, description=f"evaluating {name}: {key.replace('_', ' ')}")
-        arrays[key] = np.load(scratch / f"{key}.npy")
+        if distributed.is_main:
+            arrays[key] = np.load(scratch / f"{key}.npy")
     if not distributed.is_main:
         return
     for sentence in errors:
