@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from clipmoe_vlm.runs import UserError
 
 SUITES = ("pope", "mme")
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass
@@ -34,7 +34,7 @@ class EvalConfig:
     prompt_suffix: str = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's, after each question
     batch_size: int = 16  # questions at once; changes no answer
     max_new_tokens: int = 128
-    precision: str = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
+    precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto: fp32 on a CPU, bf16 on a GPU
     limit: int | None = None  # questions per set or subtask, rounded up to whole pictures; null: all
     seed: int = 0  # of the bootstrap intervals; decoding is greedy
 

@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -46,7 +47,7 @@ class Picture:
     features: torch.Tensor | None = None
 
 
-def load_vlm(folder: str | Path, device: torch.device, precision: str = "auto"):
+def load_vlm(folder: str | Path, device: torch.device, precision: str = "auto") -> tuple[Any, Any]:
     """Model (eval mode) and processor of a VLM folder.
 
     Raises:
@@ -54,13 +55,13 @@ def load_vlm(folder: str | Path, device: torch.device, precision: str = "auto"):
     """
     folder = Path(folder)
     check_vlm_folder(folder)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
              "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[precision]
     model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise UserError(f"{folder}: no weights for {sorted(info['missing_keys'])[0]} and "
                         f"{len(info['missing_keys']) - 1} more; the folder is not whole, make it again")
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")  # the pixels of training, to the last bit
     if not processor.chat_template:
         raise UserError(f"{folder}: the processor has no chat template, so the prompt is unknown; add "
                         "chat_template.jinja")
@@ -91,8 +92,7 @@ class Answerer:
         max_new_tokens: an answer ends there at the latest.
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, processor, batch_size: int = 16,
-                 max_new_tokens: int = 128):
+    def __init__(self, model: Any, processor: Any, batch_size: int = 16, max_new_tokens: int = 128):
         self.model, self.processor = model, processor
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         ends = [model.generation_config.eos_token_id, model.config.text_config.eos_token_id,
@@ -271,4 +271,4 @@ class Answerer:
         if bad:
             picture, record = batch[bad[0]]
             raise UserError(f"question {record['id']} about {picture.path}: the model's logits are not finite; "
-                            "its weights or the precision are at fault (try precision=float32)")
+                            "its weights or the precision are at fault (try precision=fp32)")

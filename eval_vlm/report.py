@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmoe_vlm.runs import atomic_write
+from eval_vlm.suites.mme import COGNITION, PERCEPTION
 
 
 def write_summary(file: Path, scores: dict[str, Any]) -> str:
@@ -65,10 +66,10 @@ def mme_table(tasks: dict[str, Any]) -> list[str]:
                  f"{sum(one['always_yes'] for one in scored.values()):.1f} | "
                  f"{sum(one['chance'] for one in scored.values()):.1f} |")
     lines.append("")
-    for name, members in (("perception", 10), ("cognition", 4)):
-        value = tasks[name]
-        lines.append(f"- {name}: " + (f"{value:.1f} of {200 * members}" if value is not None else
-                                      f"no sum, for some of its {members} subtasks are not there"))
+    for name, members in (("perception", PERCEPTION), ("cognition", COGNITION)):
+        absent = ", ".join(task for task in members if task not in scored)
+        lines.append(f"- {name}: " + (f"no sum, without {absent}" if absent else
+                                      f"{tasks[name]:.1f} of {200 * len(members)}"))
     return lines + [""] + warnings(scored)
 
 
