@@ -63,6 +63,7 @@ class EncoderConfig:
     first_moe_layer: int = 0  # of the vision tower; the text tower is MoE in every block
     init_from: str = "base"  # base | previous: what an MCL stage starts from
     small_clusters: str = "drop"  # drop | merge: clusters smaller than a batch
+    logit_scale: float | None = 100.0  # fixed in all stages, as in the public code; null: the base's own
     text_length: int | None = 248  # positions to stretch the text tower to (as Long-CLIP does); null: as the base
 
     mcl: MCLConfig = field(default_factory=MCLConfig)

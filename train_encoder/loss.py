@@ -6,8 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LOGIT_SCALE = 100.0  # CLIP's learned scale at its ceiling; fixed in all stages, as in the public code
-
 
 class _Gather(torch.autograd.Function):
     """All-gather whose backward sums the gradients of all ranks: each rank's loss depends on every rank's features."""
@@ -27,8 +25,8 @@ class _Gather(torch.autograd.Function):
         return gradient[start:start + ctx.rows]
 
 
-def contrastive_loss(image: Tensor, text: Tensor, valid: Tensor, *, label_smoothing: float = 0.0,
-                     world_size: int = 1) -> Tensor:
+def contrastive_loss(image: Tensor, text: Tensor, valid: Tensor, *, logit_scale: float = 100.0,
+                     label_smoothing: float = 0.0, world_size: int = 1) -> Tensor:
     """Symmetric InfoNCE of this rank's rows against the columns of all ranks.
 
     The mean over ranks of the result, and of the gradients of the parameters, equals what one process computes on
@@ -37,6 +35,7 @@ def contrastive_loss(image: Tensor, text: Tensor, valid: Tensor, *, label_smooth
     Args:
         image, text: [b, D] L2-normalised features of this rank; every rank has the same b.
         valid: [b] bool; false rows (unreadable pictures) are neither samples nor negatives.
+        logit_scale: factor of the cosines (the default is CLIP's learned scale at its ceiling).
         label_smoothing: share of the target spread evenly over the valid columns.
 
     Returns:
@@ -52,7 +51,7 @@ def contrastive_loss(image: Tensor, text: Tensor, valid: Tensor, *, label_smooth
     count = all_valid.sum().clamp(min=1)
     total = image.new_zeros(())
     for rows, columns in ((image, all_text), (text, all_image)):
-        logits = (LOGIT_SCALE * rows @ columns.T).masked_fill(~all_valid, float("-inf"))
+        logits = (logit_scale * rows @ columns.T).masked_fill(~all_valid, float("-inf"))
         # A row that is no sample would have -inf at its own target: give it finite numbers, then weight 0.
         logits = logits.masked_fill(~valid[:, None], 0.0)
         log_p = logits.log_softmax(-1)
