@@ -36,9 +36,9 @@ def load(config: PopeConfig, limit: int | None = None) -> tuple[list[dict], dict
         rows = []
         for number, row in enumerate(read_jsonl(file), 1):
             absent = [field for field in ("question_id", "image", "text", "label") if field not in row]
-            if absent:
-                raise UserError(f"{file}, line {number}: no field {', '.join(absent)}; POPE lines have question_id, "
-                                "image, text and label")
+            if absent or not isinstance(row["image"], str) or not isinstance(row["text"], str):
+                raise UserError(f"{file}, line {number}: " + (f"no field {', '.join(absent)}" if absent else "image or "
+                                "text is no string") + "; POPE lines have question_id, image, text and label")
             question_id = str(row["question_id"])
             if question_id in seen:
                 raise UserError(f"{file}, line {number}: question_id {question_id} is there twice; number them anew")
