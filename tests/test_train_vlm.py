@@ -206,7 +206,7 @@ def test_forward_equals_llava():
     long_labels = torch.nn.utils.rnn.pad_sequence(row_labels, batch_first=True, padding_value=-100)
     attention_mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     pixel_values = data["in.pixel_values"]
-    loss_sum, aux_loss = VLMLoss(model)(input_ids, attention_mask, long_labels, pixel_values, len(pixel_values))
+    loss_sum, aux_loss = VLMLoss(model)(input_ids, long_labels, pixel_values, len(pixel_values))
     count = (long_labels[:, 1:] != -100).sum()
     assert aux_loss == 0
     assert (loss_sum / count).item() == pytest.approx(data["out.loss"].item(), abs=1e-4)

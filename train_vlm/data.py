@@ -194,7 +194,7 @@ class Collator:
         self.picture_shape = picture_shape
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """-> `input_ids`, `labels`, `attention_mask` `[B, T]`, `pixel_values` `[pictures or 1, C, H, W]` and counts."""
+        """-> `input_ids`, `labels` `[B, T]`, `pixel_values` `[pictures or 1, C, H, W]` and counts."""
         good = [item for item in items if "problem" not in item]
         rows = [item["input_ids"] for item in good] or [torch.tensor([self.pad_token_id])]
         labels = [item["labels"] for item in good] or [torch.tensor([IGNORE_INDEX])]
@@ -204,7 +204,6 @@ class Collator:
         return {
             "input_ids": _pad(rows, self.pad_token_id),
             "labels": padded_labels,
-            "attention_mask": _pad([torch.ones_like(row) for row in rows], 0),
             "pixel_values": torch.cat(pictures) if pictures else torch.zeros(1, *self.picture_shape),
             "pictures": sum(len(part) for part in pictures),
             "label_tokens": int((padded_labels != IGNORE_INDEX).sum()),

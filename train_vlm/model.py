@@ -295,12 +295,12 @@ class VLMLoss(nn.Module):
         image_token_id, rows = model.config.image_token_id, model.config.text_config.vocab_size
         self.label_loss = LabelLoss(model.lm_head, image_token_id if image_token_id == rows - 1 else rows)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, pixel_values: Tensor,
-                pictures: int) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, labels: Tensor, pixel_values: Tensor, pictures: int) -> tuple[Tensor, Tensor]:
         """Computes a micro-batch.
 
         Args:
-            input_ids, attention_mask, labels: `[B, T]`, padded on the right; one `<image>` id per picture token.
+            input_ids, labels: `[B, T]`, padded on the right (so that causal attention never looks at padding and
+                needs no mask); one `<image>` id per picture token.
             pixel_values: `[N, C, H, W]`, in the order of the marks; one dummy if there is no picture.
             pictures: how many of `pixel_values` are real (N or 0).
 
@@ -322,9 +322,7 @@ class VLMLoss(nn.Module):
             # Zero gradients, not none: every process then reduces the same gradients.
             embeds = embeds + 0 * projected.sum()
             aux_loss = 0 * tower.aux_loss
-        hidden_states = model.language_model(
-            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        hidden_states = model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         labelled = targets != IGNORE_INDEX
         if not labelled.any():  # a dummy sample: its one position, times 0

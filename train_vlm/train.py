@@ -88,9 +88,8 @@ def train(config: VLMConfig) -> None:
 
         losses = []
         for batch in batches:
-            loss_sum, aux_loss = engine(**{name: batch[name].to(processes.device) for name in
-                                           ("input_ids", "attention_mask", "labels", "pixel_values")},
-                                        pictures=batch["pictures"])
+            loss_sum, aux_loss = engine(*(batch[name].to(processes.device) for name in
+                                          ("input_ids", "labels", "pixel_values")), pictures=batch["pictures"])
             # Each label token of the global batch weighs the same wherever it is: the engine will divide by
             # processes and micro-batches, so multiply by them first. Aux losses are averaged by pictures.
             parts = torch.stack([loss_sum / counts["label_tokens"],
