@@ -6,7 +6,7 @@ LLM ?= little
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint docs setup
 demo: .venv/.ready
 	@.venv/bin/python -m demo.run size=$(SIZE) llm=$(LLM)
 
@@ -17,6 +17,11 @@ test: lint
 
 lint: .venv/.ready
 	.venv/bin/python -m ruff check .
+
+# Takes the result of the default demo into the documentation.
+docs: runs/demo/results.md
+	cp runs/demo/result.png docs/result.png
+	cp runs/demo/results.md docs/demo-results.md
 
 setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt setup.sh

@@ -1,7 +1,7 @@
 """The demo's result page: `python -m demo.report RUN_FOLDER` reads what the programs wrote there and nothing else.
 
-Writes `report.html` (one file, no network needed), `result.png` (the README's picture) and `summary.json` to the
-folder, and prints one table. `demo/report_facts.py` reads and computes, `demo/report_figures.py` draws.
+Writes `report.html` (one file, no network needed), `summary.json`, and for the repository's own documentation
+`result.png` and `results.md`; prints one table. `report_facts.py` reads and computes, `report_figures.py` draws.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
 def write_report(run: Path) -> dict:
-    """Writes the three files into the run's folder and returns the facts.
+    """Writes the four files into the run's folder and returns the facts.
 
     Raises:
         UserError: a file that a program should have written is missing or broken.
@@ -42,8 +42,34 @@ def write_report(run: Path) -> dict:
         stream.write(page)
     with atomic_write(run / "result.png", "wb") as stream:
         stream.write(figures.drawn(figures.result(facts), "png"))
+    with atomic_write(run / "results.md") as stream:
+        stream.write(markdown(facts))
     write_json(run / "summary.json", facts["summary"])
     return facts
+
+
+def markdown(facts: dict) -> str:
+    """The main tables, times and versions."""
+    made, kinds = facts["made"], facts["kinds"]
+    lines = [f"# What `make demo` gave (size {made['size']}, language model {made['llm']})", "",
+             f"Written by `python -m demo.report`. One run, one seed. {facts['headline']}", "",
+             "Hard captions right, % (a coin: 50), with 95% intervals clustered by picture:", "",
+             "| | " + " | ".join(KIND_NAMES[kind] for kind in kinds) + " |", "|---|" + "---|" * len(kinds)]
+    lines += [f"| {model['title']} | " + " | ".join(percent(model["hard"][kind]) for kind in kinds) + " |"
+              for model in facts["models"]]
+    lines += ["", *(f"- {sentence}" for sentence in facts["verdict"]["against"]), "",
+              "The VLM with each tower (POPE: accuracy in %; MME: points), the difference paired:", "",
+              "| | questions | base tower | CLIP-MoE tower | difference | always yes | chance |",
+              "|---|---|---|---|---|---|---|"]
+    lines += [f"| {row['suite']} {row['name']} | {row['n']} | {row['base']} | {row['clipmoe']} | {row['difference']} | "
+              f"{row['always_yes']:.1f} | {row['chance']:.1f} |" for row in facts["vlm_rows"]]
+    lines += ["", "Goals:", "", *(f"- {'met' if goal['met'] else 'not met'}: {goal['what']} ({goal['found']})"
+                                  for goal in facts["targets"])]
+    lines += ["", f"{made['seconds'] / 60:.0f} minutes after set-up on {made['machine']}; Python {made['python']}, "
+              + ", ".join(f"{name} {version}" for name, version in made["versions"].items()) + ".", "",
+              "| step (+: beside another one) | seconds |", "|---|---|"]
+    lines += [f"| {step['name']}{' +' if step['beside'] else ''} | {step['seconds']:.0f} |" for step in made["timing"]]
+    return "\n".join(lines) + "\n"
 
 
 def print_table(facts: dict, console: Console) -> None:

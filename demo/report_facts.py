@@ -274,7 +274,9 @@ def making(run: Path, models: list[dict]) -> dict:
     config = read_json(run / "encoder" / "dmu" / "model" / "config.json")
     versions = {name: importlib.metadata.version(name)
                 for name in ("torch", "transformers", "deepspeed", "open_clip_torch", "peft", "scikit-learn")}
+    reading = run / "llm" / "text_questions.json"
     return {
+        "reading": read_json(reading)["kinds"] if timing["llm"] == "little" else {},
         "size": timing["size"], "llm": timing["llm"], "timing": timing["steps"],
         "seconds": wall_seconds(timing["steps"]), "steps": steps,
         "vision": config["vision_config"], "text": config["text_config"],

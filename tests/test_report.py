@@ -107,6 +107,7 @@ def make_run(run: Path, tiny_config, color: float, vlm: tuple[float, float]) -> 
                         [{"step": step, "loss": 3 - step / 10} for step in range(1, 11)])
         shutil.copytree(dmu / "model", run / "vlm" / tower / "stage_2" / "model")
     write_json(run / "eval" / "clipmoe" / "compare.json", compare_runs(run / "eval" / "base", run / "eval" / "clipmoe"))
+    write_json(run / "llm" / "text_questions.json", {"kinds": {"count": {"accuracy": 0.875, "n": 8}}})
     write_json(run / "timing.json", {"size": "tiny", "llm": "little", "steps": [
         {"name": "DMU", "command": "python -m train_encoder.run a.yaml", "seconds": 61.0, "beside": ["direct"]},
         {"name": "direct", "command": "python -m train_encoder.run b.yaml", "seconds": 50.0, "beside": ["DMU"]},
@@ -160,6 +161,8 @@ def test_what_the_page_shows(good):
         assert name in page
     assert "3 clusters of\n  3 to 70 samples; 120 used in a pass,\n  3 left over" in page
     assert "one seed" in page and "first trained on the text" in page
+    assert "count 88% right." in page
+    assert "| CLIP-MoE (DMU) | 50.0 [40.0, 60.0] | 90.0 [80.0, 100.0] |" in (good / "results.md").read_text()
     with Image.open(good / "result.png") as opened:
         assert opened.width > 800
 
