@@ -11,6 +11,7 @@ import json
 import pickle
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,31 @@ def clip_tokenizer(max_length: int) -> CLIPTokenizer:
     vocabulary = sorted(theirs.encoder, key=theirs.encoder.__getitem__)
     # The last two entries are the marks, which open_clip spells in its own way.
     vocabulary[-2:] = ["<|startoftext|>", "<|endoftext|>"]
+    merges = sorted(theirs.bpe_ranks, key=theirs.bpe_ranks.__getitem__)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "vocab.json").write_text(
-            json.dumps({token: index for index, token in enumerate(vocabulary)}, ensure_ascii=False), encoding="utf-8")
-        merges = "\n".join(" ".join(pair) for pair in sorted(theirs.bpe_ranks, key=theirs.bpe_ranks.__getitem__))
-        Path(folder, "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+        _write_bpe(Path(folder), {token: index for index, token in enumerate(vocabulary)}, merges)
         return CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
+
+
+def _write_bpe(folder: Path, vocabulary: dict[str, int], merges: Sequence[Sequence[str]]) -> None:
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _split_tokenizer_file(folder: Path) -> None:
+    """Replaces tokenizer.json by vocab.json and merges.txt, which every transformers since 4.36 reads.
+
+    Today's tokenizer.json does not load in the transformers of LLaVA's users.
+    """
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        values = _json(file)
+        vocabulary = values["model"]["vocab"]
+        if all(token["content"] in vocabulary for token in values["added_tokens"]):
+            merges = [pair.split() if isinstance(pair, str) else pair for pair in values["model"]["merges"]]
+            _write_bpe(folder, vocabulary, merges)
+            file.unlink()
 
 
 def save_folder(model: CLIPMoEModel, folder: str | Path, image_processor: CLIPImageProcessor | None = None,
@@ -157,6 +177,8 @@ def save_folder(model: CLIPMoEModel, folder: str | Path, image_processor: CLIPIm
         if tokenizer is not None:
             tokenizer.model_max_length = model.config.text_config.max_position_embeddings
             tokenizer.save_pretrained(new)
+            if isinstance(tokenizer, CLIPTokenizer):
+                _split_tokenizer_file(new)
 
 
 def save_official(model: CLIPMoEModel, file: str | Path) -> None:

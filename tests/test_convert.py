@@ -245,6 +245,9 @@ def test_hf_folder_keeps_its_image_processor_and_tokenizer(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert tokenizer("a photo")["input_ids"] == [49406, 320, 1125, 49407]
     assert tokenizer.model_max_length == 20
+    # Not the one file that transformers 5 writes: that of LLaVA's users cannot read it.
+    files = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert {"vocab.json", "merges.txt"} < files and "tokenizer.json" not in files
 
 
 # --- open_clip -----------------------------------------------------------------------------------------------------

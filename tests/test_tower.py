@@ -174,13 +174,13 @@ def test_dtype_of_the_pictures_comes_back(moe_folder):
     images = pictures()
     assert tower(images.double()).dtype == torch.float64
     expected = tower(images)
-    tower.to(dtype=torch.float16)
-    assert tower.dtype == torch.float16 and tower.device == torch.device("cpu")
-    assert (tower.dummy_feature.shape, tower.dummy_feature.dtype) == ((1, 32), torch.float16)
+    tower.to(dtype=torch.bfloat16)
+    assert tower.dtype == torch.bfloat16 and tower.device == torch.device("cpu")
+    assert (tower.dummy_feature.shape, tower.dummy_feature.dtype) == ((1, 32), torch.bfloat16)
     features = tower(images)
     assert features.dtype == torch.float32
-    # Half precision may send a token on the edge between two experts to the other one, but not many.
-    assert (features - expected).abs().median() < 0.02
+    # Fewer digits may send a token on the edge between two experts to the other one, but not many.
+    assert (features - expected).abs().median() < 0.1
 
 
 # --- what is computed, what trains ---------------------------------------------------------------------------------
