@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from clipmoe_vlm.runs import Distributed, progress
+from clipmoe_vlm.runs import Distributed, atomic_write, progress
 
 from .data import loader
 
@@ -60,36 +60,31 @@ def encode(feature: Callable[[Tensor], Tensor], items: Items, collate: Callable,
     file.parent.mkdir(parents=True, exist_ok=True)
 
     def part(of_rank: int) -> Path:
-        return file.with_name(f".{file.stem}.{of_rank}.npy")
+        return file.with_name(f".{file.stem}.{of_rank}")
 
-    rows = np.lib.format.open_memmap(part(rank), "w+", np.float32, (sum(map(len, mine)), dim))
-    errors, end = [], 0
+    errors: list[str] = []
     batches = progress(loader(items, collate, mine, workers), description=description, total=len(mine),
                        enabled=distributed.is_main and len(mine) > 4)
-    for inputs, valid, sentences in batches:
-        with autocast(distributed, precision):
-            features = feature(inputs.to(distributed.device, non_blocking=True))
-        features = F.normalize(features.float(), dim=-1).cpu()
-        features[~valid] = float("nan")
-        rows[end:end + len(features)] = features.numpy()
-        errors += sentences
-        end += len(features)
-    rows.flush()
-    del rows
+    # Plain writes throughout: a full disk is then an error that can be told, where a mapping would crash.
+    with open(part(rank), "wb") as stream:
+        for inputs, valid, sentences in batches:
+            with autocast(distributed, precision):
+                features = feature(inputs.to(distributed.device, non_blocking=True))
+            features = F.normalize(features.float(), dim=-1).cpu()
+            features[~valid] = float("nan")
+            stream.write(features.numpy().tobytes())
+            errors += sentences
     gathered: list[Any] = [errors]
     if world_size > 1:
         gathered = [None] * world_size
         torch.distributed.all_gather_object(gathered, errors)  # also waits until every part is written
     if distributed.is_main:
-        whole = file.with_name(f".{file.name}")
-        joined = np.lib.format.open_memmap(whole, "w+", np.float32, (len(items), dim))
-        parts = [np.load(part(r), mmap_mode="r") for r in range(world_size)]
-        for number, chunk in enumerate(chunks):
-            start = number // world_size * CHUNK
-            joined[chunk[0]:chunk[-1] + 1] = parts[number % world_size][start:start + len(chunk)]
-        joined.flush()
-        del joined, parts
-        os.replace(whole, file)
+        with atomic_write(file, "wb") as whole, contextlib.ExitStack() as stack:
+            parts = [stack.enter_context(open(part(r), "rb")) for r in range(world_size)]
+            np.lib.format.write_array_header_1_0(
+                whole, {"descr": "<f4", "fortran_order": False, "shape": (len(items), dim)})
+            for number, chunk in enumerate(chunks):
+                whole.write(parts[number % world_size].read(4 * dim * len(chunk)))
         for r in range(world_size):
             part(r).unlink()
     distributed.barrier()

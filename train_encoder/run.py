@@ -48,10 +48,10 @@ def main(config: EncoderConfig) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers run inside forked workers
     logging.disable_progress_bar()
     distributed = init_distributed()
-    check(config, distributed)
     folder = Path(config.output_dir)
 
     def prepare() -> None:
+        check(config, distributed)
         prepare_output(config, may_change=MAY_CHANGE)
         for name, source in (("train", config.train_data), ("validation", config.validation_data)):
             if source:
@@ -67,8 +67,8 @@ def main(config: EncoderConfig) -> None:
                       AutoTokenizer.from_pretrained(folder / "base"),
                       base.config.text_config.max_position_embeddings, base.config.vision_config.image_size)
     run = Run(config, distributed, folder, Samples(folder / "index" / "train.jsonl"), collate)
-    held_out = load_held_out(
-        config, Samples(folder / "index" / "validation.jsonl") if config.validation_data else None)
+    held_out = distributed.main_first(lambda: load_held_out(
+        config, Samples(folder / "index" / "validation.jsonl") if config.validation_data else None))
 
     def measure(name: str, model: CLIPMoEModel, where: str) -> None:
         evaluate(name, model, where, held_out, collate, folder, config, distributed)
@@ -128,7 +128,8 @@ def make_base(config: EncoderConfig, folder: Path) -> None:
 
 
 def steps_of(settings, labels: np.ndarray) -> int:
-    """Updates of a training on random batches.
+    """Updates of a training on random batches. (In an MCL stage of as many epochs the clusters' remainders make it
+    fewer: the baselines' budget is then the larger one. With max_steps they are equal.)
 
     Raises:
         UserError: fewer samples than one batch.

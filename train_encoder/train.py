@@ -93,6 +93,7 @@ def train(stage: str, model: CLIPMoEModel, trainable: dict[str, nn.Parameter], l
         if settings.warmup_steps >= total:
             print(f"{stage}: note: warmup_steps ({settings.warmup_steps}) is not below the {total} updates, so the "
                   "learning rate never gets beyond its warm-up", flush=True)
+    scale = model.logit_scale.exp().item() if config.logit_scale is None else config.logit_scale
     bar = progress(description=stage, total=total, initial=step, enabled=distributed.is_main)
 
     while step < total:
@@ -111,7 +112,7 @@ def train(stage: str, model: CLIPMoEModel, trainable: dict[str, nn.Parameter], l
             valid = batch["valid"].to(device)
             with autocast(distributed, config.precision):
                 output = model(input_ids=batch["input_ids"].to(device), pixel_values=batch["pixel_values"].to(device))
-            contrastive = contrastive_loss(output.image_embeds, output.text_embeds, valid,
+            contrastive = contrastive_loss(output.image_embeds, output.text_embeds, valid, logit_scale=scale,
                                            label_smoothing=settings.label_smoothing, world_size=world_size)
             image_aux, text_aux = output.vision_model_output.aux_loss, output.text_model_output.aux_loss
             loss = contrastive + balance_coef * (image_aux + text_aux / 2)
@@ -165,14 +166,17 @@ def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
 
 def stop_non_finite(what: str, stage: str, step: int, numbers: np.ndarray, run: Run, folder: Path) -> None:
     """Ends the run before the update, naming the step and the samples of the global batch (all of them in a file)."""
+
+    def tell() -> None:
+        write_json(file, {"stage": stage, "step": step, "what": what, "ids": ids})
+        raise UserError(
+            f"{stage}, step {step}: the {what}; no update was made. Samples of the batch: {', '.join(ids[:8])}"
+            f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''} (all in {file}). Look at them, or use precision: "
+            "fp32 or a smaller learning rate in a new output_dir")
+
     ids = [run.samples.record(number)["id"] for number in numbers]
     file = folder / "non_finite.json"
-    if run.distributed.is_main:
-        write_json(file, {"stage": stage, "step": step, "what": what, "ids": ids})
-    raise UserError(
-        f"{stage}, step {step}: the {what}; no update was made. Samples of the batch: {', '.join(ids[:8])}"
-        f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''} (all in {file}). Look at them, or use precision: "
-        "fp32 or a smaller learning rate in a new output_dir")
+    run.distributed.main_first(tell)
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
