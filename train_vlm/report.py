@@ -26,7 +26,7 @@ def write_summary(output: Path, config: VLMConfig, trained_parts: str) -> None:
         "| | |",
         "|---|---|",
         f"| language-model loss, first step | {rows[0]['lm_loss']:.4f} |",
-        f"| language-model loss, mean of the last {len(last)} steps | {sum(r['lm_loss'] for r in last) / len(last):.4f} |",
+        f"| the same, mean of the last {len(last)} steps | {sum(row['lm_loss'] for row in last) / len(last):.4f} |",
         f"| auxiliary loss of the routers, last step | {rows[-1]['aux_loss']:.4f} |",
         f"| samples used, skipped, truncated | {sum(r['samples'] for r in rows)}, {sum(r['skipped'] for r in rows)}, "
         f"{sum(r['truncated'] for r in rows)} |",

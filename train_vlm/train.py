@@ -48,7 +48,9 @@ def train(config: VLMConfig) -> None:
     if len(samples) < config.global_batch_size:
         raise UserError(f"{config.data} holds {len(samples)} samples, fewer than global_batch_size "
                         f"{config.global_batch_size}; lower global_batch_size")
-    total_steps = min(plan.steps_per_epoch * config.epochs, config.max_steps or math.inf)
+    total_steps = plan.steps_per_epoch * config.epochs
+    if config.max_steps:
+        total_steps = min(total_steps, config.max_steps)
     check_length(config, model)
 
     engine = start_engine(VLMLoss(model), groups, config, accumulation_steps)
@@ -70,7 +72,9 @@ def train(config: VLMConfig) -> None:
     engine_clips = config.zero_stage > 0 or config.precision != "fp32"
     trained = [parameter for group in groups for parameter in group["params"]]
     peak_rates = {group["name"]: group["lr"] for group in groups}
-    metrics = Metrics(output / "metrics.jsonl", keep=lambda row: row["step"] <= first_step) if processes.is_main else None
+    metrics = None
+    if processes.is_main:
+        metrics = Metrics(output / "metrics.jsonl", keep=lambda row: row["step"] <= first_step)
     bar = progress(range(first_step, total_steps), description="train_vlm", total=total_steps, initial=first_step,
                    enabled=processes.is_main)
 
@@ -186,7 +190,8 @@ def check_length(config: VLMConfig, model: Any) -> None:
     """Raises UserError if pictures leave no room for words, or if samples may be longer than the language model."""
     picture_tokens = tokens_per_picture(model.config)
     if picture_tokens + 16 > config.max_length:
-        raise UserError(f"max_length: {config.max_length} tokens leave no room beside the {picture_tokens} of a picture")
+        raise UserError(f"max_length: {config.max_length} leaves no room for words beside a picture, which takes "
+                        f"{picture_tokens} tokens")
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
     if limit and config.max_length > limit:
         raise UserError(f"max_length: {config.max_length} is more than the language model's {limit} positions")
