@@ -1,0 +1,1 @@
+"""A whole run of the three programs on real pictures: `make demo`."""
