@@ -77,5 +77,7 @@ def test_programs_do_not_import_each_other(program):
 def test_the_package_holds_the_configuration_files():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
     for program in ("train_encoder", "train_vlm", "eval_vlm"):
-        for file in (ROOT / program / "configs").iterdir():
+        files = [file for file in (ROOT / program / "configs").rglob("*") if file.is_file()]
+        assert files, program
+        for file in files:
             assert any(file.match(pattern) for pattern in data[program]), f"{file} would not be installed"
