@@ -219,6 +219,17 @@ def test_epochs_start_over_until_max_steps(world):
     assert [row["epoch"] for row in read_jsonl(output / "metrics.jsonl")] == [0] * 8 + [1] * 8 + [2] * 3
 
 
+def test_the_logit_scale_may_be_the_bases_own(world, tmp_path):
+    own = CLIPMoEModel.from_pretrained(world / "clip").logit_scale.exp().item()
+    losses = []
+    for scale in (None, own, 100.0):
+        output = tmp_path / str(scale)
+        run_here(tiny_config(world, output, method="direct", num_experts=2, logit_scale=scale, mcl={"max_steps": 1},
+                             router={"max_steps": 1}, validation_data=None, hard_captions=None))
+        losses.append([row["loss"] for row in read_jsonl(output / "metrics.jsonl")])
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_shards_train_like_the_folder(world):
     rows = (world / "train.csv").read_text().splitlines()[1:]
     (world / "shards").mkdir()

@@ -123,6 +123,8 @@ def test_loss_equals_cross_entropy_and_leaves_invalid_rows_out(smoothing):
     everything = torch.ones(6, dtype=torch.bool)
     loss = contrastive_loss(image, text, everything, label_smoothing=smoothing)
     torch.testing.assert_close(loss, expected)
+    cooler = (F.cross_entropy(logits / 5, target) + F.cross_entropy(logits.T / 5, target)) / 2
+    torch.testing.assert_close(contrastive_loss(image, text, everything, logit_scale=20.0), cooler)
 
     valid = torch.tensor([True, False, True, True, False, True])
     image.requires_grad_()
