@@ -90,11 +90,6 @@ def test_own_chat_template_labels_answers_only(byte_level, source, turns, pictur
     assert input_ids[: len(prompt)] == prompt
 
 
-def test_a_vlm_tokenizer_keeps_its_template(byte_level):
-    own = encoder_of(byte_level, "chat", CHATML).template
-    assert encoder_of(byte_level, "chat", own).template == own
-
-
 def test_samples_without_answers_are_refused(llama):
     encoder = encoder_of(llama, "v1")
     for conversations in ([{"from": "human", "value": "Hello?"}], [{"from": "gpt", "value": "First!"}]):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from clipmoe_vlm import CLIPMoEVisionConfig, CLIPMoEVisionModel
 from clipmoe_vlm.runs import UserError, read_jsonl
@@ -267,9 +267,9 @@ def test_saved_folder_answers_as_the_trained_model(stage1, tmp_path, monkeypatch
     """The README's six lines, and the same logits as the model that was trained."""
     trained = {}
 
-    def keep(model, weights, processor, config, folder):
+    def keep(model, weights, processor, folder):
         trained.update(model=model)
-        checkpoint_module.save_vlm(model, weights, processor, config, folder)
+        checkpoint_module.save_vlm(model, weights, processor, folder)
 
     monkeypatch.setattr(train_module, "save_vlm", keep)
     train(settings(tmp_path, vlm=str(stage1 / "model"), max_steps=3, llm_tuning="lora", learning_rate=1e-2,
@@ -305,6 +305,32 @@ def test_saved_processor_makes_the_training_sample(stage1, tmp_path):
     first_label = (item["labels"] != -100).nonzero()[0].item()
     assert inputs["input_ids"][0].tolist() == item["input_ids"][:first_label].tolist()
     torch.testing.assert_close(inputs["pixel_values"], item["pixel_values"], atol=0, rtol=0)
+
+
+def test_chat_template_of_the_llm_outlives_stage1(tmp_path):
+    """A language model with tied embeddings and a template of its own: stage 1 is plain, stage 2 uses the template."""
+    llm = LlamaForCausalLM(LlamaConfig(
+        vocab_size=1200, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, max_position_embeddings=256))
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(LLAVA_TRAIN / "llama")
+    tokenizer.chat_template = ("{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + "
+                               "eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    train(settings(tmp_path / "one", llm=str(tmp_path / "llm"), data=str(LLAVA_TRAIN / "stage1.json"),
+                   template="plain", llm_tuning="frozen", max_steps=2))
+    train(settings(tmp_path / "two", vlm=str(tmp_path / "one/model"), template="chat", max_steps=3))
+    processor = AutoProcessor.from_pretrained(tmp_path / "two/model")
+    prompt = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}],
+                                           add_generation_prompt=True)
+    assert prompt == "[user]<image></s>[assistant]"  # the tokenizer writes <s> itself
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "two/model")
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert not torch.equal(model.lm_head.weight[:1200], llm.lm_head.weight)
+    assert model.lm_head.weight[1200:].abs().max() == 0
+    assert model.generation_config.eos_token_id == [2]
+    one = LlavaForConditionalGeneration.from_pretrained(tmp_path / "one/model")
+    assert torch.equal(one.lm_head.weight[:1200], llm.lm_head.weight)
 
 
 def test_text_only_training(tmp_path):

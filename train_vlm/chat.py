@@ -84,12 +84,9 @@ def chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         raise UserError(f"template: chat, but the tokenizer in {tokenizer.name_or_path} has no chat template; "
                         "use template: v1")
-    own = tokenizer.chat_template
-    if own.startswith(_FLATTEN):  # the tokenizer of a VLM that we wrote
-        return own
     # A tokenizer that writes its own <s> would meet a second one from a template that writes it too.
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    return _FLATTEN + ("{%- set bos_token = '' -%}\n" if adds_bos else "") + own
+    return _FLATTEN + ("{%- set bos_token = '' -%}\n" if adds_bos else "") + tokenizer.chat_template
 
 
 def to_messages(conversations: Sequence[dict[str, str]]) -> list[dict[str, Any]]:

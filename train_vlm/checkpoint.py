@@ -14,7 +14,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 
 from clipmoe_vlm.runs import Distributed, UserError, atomic_folder, atomic_write
 from train_vlm.chat import ChatEncoder
-from train_vlm.config import VLMConfig
+from train_vlm.model import LLM_TEMPLATE
 
 
 def save_checkpoint(engine: Any, folder: Path, step: int, state: dict[str, Any], processes: Distributed) -> None:
@@ -88,7 +88,7 @@ def _merge_lora(model: LlavaForConditionalGeneration, state: dict[str, Tensor]) 
 
 
 def save_vlm(model: LlavaForConditionalGeneration, weights: dict[str, Tensor], processor: LlavaProcessor,
-             config: VLMConfig, folder: Path) -> None:
+             folder: Path) -> None:
     """Writes a folder for `LlavaForConditionalGeneration` and `AutoProcessor`, reads it back and compares.
 
     Raises:
@@ -100,10 +100,12 @@ def save_vlm(model: LlavaForConditionalGeneration, weights: dict[str, Tensor], p
         weights.pop("lm_head.weight", None)
     whole.load_state_dict(weights, assign=True, strict=False)
     whole.tie_weights()
-    whole.generation_config = generation_config(model, processor, config)
+    whole.generation_config = generation_config(model, processor)
     with atomic_folder(folder) as new:
         whole.save_pretrained(new)
         processor.save_pretrained(new)
+        if processor.tokenizer.chat_template:
+            (new / LLM_TEMPLATE).write_text(processor.tokenizer.chat_template, encoding="utf-8")
         loaded, report = LlavaForConditionalGeneration.from_pretrained(new, dtype="auto", output_loading_info=True)
         again = loaded.state_dict()
         wrong = sorted([*map(str, report["missing_keys"]), *map(str, report["unexpected_keys"]),
@@ -118,14 +120,17 @@ def save_vlm(model: LlavaForConditionalGeneration, weights: dict[str, Tensor], p
             raise UserError(f"the processor in {folder} renders another prompt than training did: {text!r}")
 
 
-def generation_config(model: LlavaForConditionalGeneration, processor: LlavaProcessor, config: VLMConfig) -> Any:
-    """The language model's own, which also ends at the mark that ends a turn and never utters `<image>`."""
+def generation_config(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> Any:
+    """The language model's own, which also ends at the special token that ends a turn and never utters `<image>`."""
     tokenizer, generation = processor.tokenizer, model.generation_config
     ends = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
     ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     last = [label for label in ChatEncoder(tokenizer, processor.chat_template).encode(turns)[1] if label >= 0][-1]
-    generation.eos_token_id = sorted({token for token in (*ends, last) if token is not None})
+    if last in tokenizer.all_special_ids:
+        ends.append(last)
+    generation.eos_token_id = sorted({token for token in ends if token is not None})
+    generation.use_cache = True
     generation.pad_token_id = tokenizer.pad_token_id
     generation.suppress_tokens = [model.config.image_token_id]
     return generation

@@ -32,6 +32,9 @@ from clipmoe_vlm.runs import UserError
 from train_vlm.chat import IGNORE_INDEX, IMAGE_TOKEN, chat_template
 from train_vlm.config import VLMConfig
 
+# A VLM folder's chat template is that of its training; the language model's own is kept beside it for later stages.
+LLM_TEMPLATE = "llm_chat_template.jinja"
+
 # --- putting it together -------------------------------------------------------------------------------------------
 
 
@@ -80,7 +83,8 @@ def _load_vlm(folder: str, dtype: torch.dtype) -> tuple[LlavaForConditionalGener
     model, report = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     _refuse_gaps(report, f"vlm: {folder}")
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    processor.tokenizer.chat_template = processor.chat_template
+    own = Path(folder) / LLM_TEMPLATE
+    processor.tokenizer.chat_template = own.read_text(encoding="utf-8") if own.is_file() else None
     return model, processor.tokenizer, processor.image_processor
 
 

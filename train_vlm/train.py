@@ -132,7 +132,7 @@ def train(config: VLMConfig) -> None:
 
     weights = gather_weights(model, config.zero_stage, processes.is_main)
     if processes.is_main:
-        save_vlm(model, weights, processor, config, output / "model")
+        save_vlm(model, weights, processor, output / "model")
         write_summary(output, config, describe(model, groups))
         remove_checkpoints(output / "checkpoints")
         print(f"finished: {output / 'model'}")
