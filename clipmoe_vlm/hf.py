@@ -7,6 +7,13 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
 from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
 
+try:  # transformers 5 has one class per backend; given one alone it would forget CLIP's other
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    IMAGE_PROCESSORS: tuple[type, ...] = (CLIPImageProcessorPil, CLIPImageProcessor)
+except ImportError:
+    IMAGE_PROCESSORS = (CLIPImageProcessor,)
+
 
 def register() -> None:
     """Registers configurations, models, CLIP's image processor and CLIP's tokenizer; safe to call again."""
@@ -14,5 +21,5 @@ def register() -> None:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for config_class, model_class in ((CLIPMoEConfig, CLIPMoEModel), (CLIPMoEVisionConfig, CLIPMoEVisionModel)):
         AutoModel.register(config_class, model_class, exist_ok=True)
-        AutoImageProcessor.register(config_class, CLIPImageProcessor, exist_ok=True)
+        AutoImageProcessor.register(config_class, *IMAGE_PROCESSORS, exist_ok=True)
     AutoTokenizer.register(CLIPMoEConfig, CLIPTokenizer, exist_ok=True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from eval_data import REFERENCE, command, config_file, environment, execute, load_answers, make_questions, make_vlm, run
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from clipmoe_vlm.runs import UserError
 from eval_vlm.compare import compare_runs
@@ -144,6 +145,14 @@ def test_each_picture_goes_through_the_tower_once(vlm, questions):
     answerer.near_tie = 0.0  # the second look at near ties computes its picture again, on purpose
     assert len(list(answerer.answers(records, questions / "images"))) == 90
     assert sum(seen) == 5
+
+
+def test_pictures_are_resized_as_in_training(vlm, questions):
+    """train_vlm's processors work with PIL; torchvision's resizing gives other pixels."""
+    _, processor = load_vlm(vlm, torch.device("cpu"))
+    picture = Image.open(questions / "images" / "0.png")
+    expected = CLIPImageProcessorPil(**processor.image_processor.to_dict())(picture, return_tensors="pt")
+    assert torch.equal(processor.image_processor(picture, return_tensors="pt").pixel_values, expected.pixel_values)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
