@@ -480,3 +480,15 @@ def test_full_disk_at_a_checkpoint_keeps_the_previous_one(tmp_path, monkeypatch)
         train(settings(tmp_path, checkpoint_every=2))
     assert (tmp_path / "checkpoints/latest").read_text() == "step_2"
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_2"]
+
+
+def test_checkpoint_of_more_processes_is_refused(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_module, "gather_weights", killed)
+        train(settings(tmp_path, zero_stage=1, checkpoint_every=1, max_steps=2))
+    (tmp_path / "checkpoints/step_1/zero_pp_rank_1_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(UserError, match="written by 2 processes and this run has 1"):
+        train(settings(tmp_path, zero_stage=1, checkpoint_every=1, max_steps=2))

@@ -46,11 +46,19 @@ def save_checkpoint(engine: Any, folder: Path, step: int, state: dict[str, Any],
     processes.barrier()
 
 
-def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any] | None:
-    """Restores the last whole checkpoint; returns its state, None if there is none."""
+def load_checkpoint(engine: Any, folder: Path, world_size: int) -> dict[str, Any] | None:
+    """Restores the last whole checkpoint; returns its state, None if there is none.
+
+    Raises:
+        UserError: it was written by another number of processes, each of which kept a part.
+    """
     if not (folder / "latest").is_file():
         return None
     tag = (folder / "latest").read_text(encoding="utf-8").strip()
+    parts = len(list((folder / tag).glob("*optim_states.pt")))  # none without ZeRO
+    if parts not in (0, world_size):
+        raise UserError(f"{folder / tag} was written by {parts} processes and this run has {world_size}; start as many "
+                        f"as before, or remove {folder} to start anew")
     path, state = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
     if path is None:
         raise UserError(f"{folder / tag} can't be read; remove {folder} to start this run anew")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import DataLoader
@@ -27,34 +29,37 @@ from train_vlm.sampler import BatchPlan
 def train(config: VLMConfig) -> None:
     """Trains a VLM from start, or from its last checkpoint, to the finished folder `output_dir/model`."""
     processes = start_processes()
-    check(config, processes.world_size)
+    with told_once(processes):
+        check(config, processes.world_size)
     output = Path(processes.main_first(partial(prepare_output, config, MAY_CHANGE)))
     if (output / "model").is_dir():
         if processes.is_main:
             print(f"{output / 'model'} is finished; remove {output} to train again")
         return
 
-    samples = read_samples(config.data)
-    set_seed(config.seed)
-    model, processor = build(config)
-    set_trainable(model, config)
-    groups = parameter_groups(model, config)
-    if processes.is_main:
-        print(describe(model, groups), flush=True)
+    with told_once(processes):
+        samples = read_samples(config.data)
+        set_seed(config.seed)
+        model, processor = build(config)
+        set_trainable(model, config)
+        groups = parameter_groups(model, config)
+        if processes.is_main:
+            print(describe(model, groups), flush=True)
 
-    accumulation_steps = config.global_batch_size // (config.micro_batch_size * processes.world_size)
-    plan = BatchPlan(sample_lengths(samples), config.micro_batch_size, accumulation_steps, processes.world_size,
-                     config.group_by_modality_length, config.seed)
-    if len(samples) < config.global_batch_size:
-        raise UserError(f"{config.data} holds {len(samples)} samples, fewer than global_batch_size "
-                        f"{config.global_batch_size}; lower global_batch_size")
-    total_steps = plan.steps_per_epoch * config.epochs
-    if config.max_steps:
-        total_steps = min(total_steps, config.max_steps)
-    check_length(config, model)
+        accumulation_steps = config.global_batch_size // (config.micro_batch_size * processes.world_size)
+        plan = BatchPlan(sample_lengths(samples), config.micro_batch_size, accumulation_steps, processes.world_size,
+                         config.group_by_modality_length, config.seed)
+        if len(samples) < config.global_batch_size:
+            raise UserError(f"{config.data} holds {len(samples)} samples, fewer than global_batch_size "
+                            f"{config.global_batch_size}; lower global_batch_size")
+        total_steps = plan.steps_per_epoch * config.epochs
+        if config.max_steps:
+            total_steps = min(total_steps, config.max_steps)
+        check_length(config, model)
 
     engine = start_engine(VLMLoss(model), groups, config, accumulation_steps)
-    state = load_checkpoint(engine, output / "checkpoints") or {"step": 0}
+    with told_once(processes):
+        state = load_checkpoint(engine, output / "checkpoints", processes.world_size) or {"step": 0}
     first_step = state["step"]
 
     picture_tokens = tokens_per_picture(model.config)
@@ -132,8 +137,8 @@ def train(config: VLMConfig) -> None:
 
     weights = gather_weights(model, config.zero_stage, processes.is_main)
     if processes.is_main:
-        save_vlm(model, weights, processor, output / "model")
         write_summary(output, config, describe(model, groups))
+        save_vlm(model, weights, processor, output / "model")
         remove_checkpoints(output / "checkpoints")
         print(f"finished: {output / 'model'}")
     processes.barrier()
@@ -223,7 +228,23 @@ def summed(values: torch.Tensor, processes: Distributed) -> list[float]:
     return values.tolist()
 
 
-def stop(processes: Distributed, message: str, samples: list[list[str]] | None = None) -> None:
+@contextlib.contextmanager
+def told_once(processes: Distributed) -> Iterator[None]:
+    """For what goes wrong on every process alike: only the main one speaks."""
+    try:
+        yield
+    except UserError:
+        if not processes.is_main:
+            _wait_and_exit()
+        raise
+
+
+def _wait_and_exit() -> NoReturn:
+    time.sleep(3)  # the launcher ends all processes when the first one ends: let the main process speak
+    os._exit(2)
+
+
+def stop(processes: Distributed, message: str, samples: list[list[str]] | None = None) -> NoReturn:
     """Ends all processes with one sentence, which names the samples of all of them."""
     ids = [sample for batch in samples or [] for sample in batch]
     if processes.world_size > 1:
@@ -231,6 +252,5 @@ def stop(processes: Distributed, message: str, samples: list[list[str]] | None =
         torch.distributed.all_gather_object(gathered, ids)
         ids = [sample for part in gathered for sample in part]
     if not processes.is_main:
-        time.sleep(3)  # the launcher ends all when the first one ends: let the main process speak
-        os._exit(2)
+        _wait_and_exit()
     raise UserError(message + ", ".join(ids[:16]) + (" ..." if len(ids) > 16 else ""))

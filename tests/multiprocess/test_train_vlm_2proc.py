@@ -17,7 +17,7 @@ from clipmoe_vlm.runs import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 LLAVA_TRAIN = ROOT / "tests/reference/llava_train"
-SECONDS = 240
+SECONDS = 400
 
 
 def launch(script: str, *arguments: str, processes: int = 2) -> subprocess.Popen:
