@@ -76,9 +76,10 @@ class SparseMoE(nn.Module):
         """`[B, T, D]` -> output `[B, T, D]` and router logits `[B * T, E]` (float32)."""
         tokens = hidden_states.flatten(0, 1)
         router_logits = self.router(tokens)
-        weights, chosen = router_logits.softmax(-1).topk(self.top_k, dim=-1)
-        weights = weights / weights.sum(-1, keepdim=True)
-        return self.experts(tokens, chosen, weights).view_as(hidden_states), router_logits
+        # The softmax of the chosen logits is the full softmax renormalised, without the rounding noise of its division:
+        # for top-1, whose only weight is 1, that noise would pass for a gradient of the router.
+        chosen_logits, chosen = router_logits.topk(self.top_k, dim=-1)
+        return self.experts(tokens, chosen, chosen_logits.softmax(-1)).view_as(hidden_states), router_logits
 
 
 def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor, expert_of_row: Tensor,

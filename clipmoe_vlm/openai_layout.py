@@ -19,8 +19,8 @@ State = dict[str, Tensor]
 
 KEPT_POSITIONS = 20
 OFFICIAL_POSITIONS = 248
-# In transformers' configurations this end mark stands for OpenAI's rule: a text's feature is that of its largest id.
-LARGEST_ID = 2
+# As in OpenAI's models on the hub: the end mark 2 stands for the rule that a text's feature is that of its largest id.
+TEXT_MARKS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 # Theirs, ours; the two projections are stored transposed.
 PLAIN = (
     ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
@@ -149,7 +149,7 @@ def config_of_official(state: State, top_k: int | None, source: str | Path) -> C
     grid = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
     return CLIPMoEConfig(
         vision_config={**vision, "patch_size": patch_size, "image_size": grid * patch_size},
-        text_config={**text, "vocab_size": state["token_embedding.weight"].shape[0], "eos_token_id": LARGEST_ID,
+        text_config={**text, **TEXT_MARKS, "vocab_size": state["token_embedding.weight"].shape[0],
                      "max_position_embeddings": state["positional_embedding_res"].shape[0]},
         projection_dim=state["visual.proj"].shape[1],
     )
@@ -206,8 +206,8 @@ def config_of_open_clip(values: dict[str, Any], source: str | Path) -> CLIPMoECo
         text_config={
             "hidden_size": text_width, "intermediate_size": int(text_width * text.get("mlp_ratio", 4.0)),
             "num_hidden_layers": text.get("layers", 12), "num_attention_heads": text.get("heads", 8),
-            "hidden_act": activation, "vocab_size": text.get("vocab_size", 49408), "eos_token_id": LARGEST_ID,
-            "max_position_embeddings": text.get("context_length", 77),
+            "hidden_act": activation, "vocab_size": text.get("vocab_size", 49408),
+            "max_position_embeddings": text.get("context_length", 77), **TEXT_MARKS,
         },
         projection_dim=values["embed_dim"],
     )
