@@ -106,4 +106,4 @@ def environment() -> dict[str, str]:
 def run(config: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
     """The command line as a user types it."""
     return subprocess.run(command(config, *arguments, processes=processes), cwd=ROOT, env=environment(), text=True,
-                          capture_output=True, timeout=300)
+                          capture_output=True, timeout=500)
