@@ -41,6 +41,15 @@ class Company:
             names.sort(key=lambda name: -sum(self.together[there, name] for there in present))
         return names
 
+    def plausible(self, present: list[str], rng: random.Random) -> str:
+        """An object that is not there, drawn as often as it would be there in such company.
+
+        A question about it then says nothing about its answer: who does not look can only guess.
+        """
+        names = [name for name in OBJECTS if name not in present]
+        weights = [sum(self.together[there, name] / self.frequency[there] for there in present) for name in names]
+        return rng.choices(names, [weight + 1e-3 for weight in weights])[0]
+
 
 # --- single questions ----------------------------------------------------------------------------------------------
 
@@ -91,8 +100,7 @@ def _existence_turns(annotation: dict, company: Company, rng: random.Random, mos
     there = rng.sample(present, min(most, len(present)))
     absent: list[str] = []
     while len(absent) < len(there):
-        # Random, popular and likely company alike, so that no question gives its answer away.
-        name = rng.choice(company.absent(present, rng.choice(("random", "popular", "adversarial")), rng)[:10])
+        name = company.plausible(present, rng)
         if name not in absent:
             absent.append(name)
     result = []
