@@ -67,8 +67,8 @@ def markdown(facts: dict) -> str:
                                   for goal in facts["targets"])]
     lines += ["", f"{made['seconds'] / 60:.0f} minutes after set-up on {made['machine']}; Python {made['python']}, "
               + ", ".join(f"{name} {version}" for name, version in made["versions"].items()) + ".", "",
-              "| step (+: beside another one) | seconds |", "|---|---|"]
-    lines += [f"| {step['name']}{' +' if step['beside'] else ''} | {step['seconds']:.0f} |" for step in made["timing"]]
+              "| step (two run side by side) | seconds |", "|---|---|"]
+    lines += [f"| {step['name']} | {step['seconds']:.0f} |" for step in made["timing"]]
     return "\n".join(lines) + "\n"
 
 

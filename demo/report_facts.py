@@ -291,13 +291,12 @@ def making(run: Path, models: list[dict]) -> dict:
 
 
 def wall_seconds(steps: list[dict]) -> float:
-    """Time from start to end: of steps that ran side by side, the longest counts."""
-    total, counted = 0.0, set()
-    for step in steps:
-        if step["name"] not in counted:
-            together = {step["name"], *step["beside"]}
-            total += max(other["seconds"] for other in steps if other["name"] in together)
-            counted |= together
+    """Time in which at least one step ran: steps ran side by side, and a run that was stopped has gaps."""
+    total, until = 0.0, 0.0
+    for step in sorted(steps, key=lambda step: step["started"]):
+        end = step["started"] + step["seconds"]
+        total += max(0.0, end - max(until, step["started"]))
+        until = max(until, end)
     return total
 
 

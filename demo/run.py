@@ -237,7 +237,8 @@ def main() -> None:
     done = {step["name"] for step in timing["steps"]}
 
     def finished(step: Step, seconds: float) -> None:
-        timing["steps"].append({"name": step.name, "command": str(step), "seconds": seconds})
+        timing["steps"].append({"name": step.name, "command": str(step), "started": round(time.time() - seconds, 1),
+                                "seconds": seconds})
         write_json(out / "timing.json", timing)
         print(f"[{step.name}] finished after {seconds:.0f} s", flush=True)
 

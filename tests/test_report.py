@@ -109,9 +109,9 @@ def make_run(run: Path, tiny_config, color: float, vlm: tuple[float, float]) -> 
     write_json(run / "eval" / "clipmoe" / "compare.json", compare_runs(run / "eval" / "base", run / "eval" / "clipmoe"))
     write_json(run / "llm" / "text_questions.json", {"kinds": {"count": {"accuracy": 0.875, "n": 8}}})
     write_json(run / "timing.json", {"size": "tiny", "llm": "little", "steps": [
-        {"name": "DMU", "command": "python -m train_encoder.run a.yaml", "seconds": 61.0, "beside": ["direct"]},
-        {"name": "direct", "command": "python -m train_encoder.run b.yaml", "seconds": 50.0, "beside": ["DMU"]},
-        {"name": "compare", "command": "python -m eval_vlm.compare a b", "seconds": 4.0, "beside": []}]})
+        {"name": "DMU", "command": "python -m train_encoder.run a.yaml", "seconds": 61.0, "started": 1000.0},
+        {"name": "direct", "command": "python -m train_encoder.run b.yaml", "seconds": 50.0, "started": 1000.0},
+        {"name": "compare", "command": "python -m eval_vlm.compare a b", "seconds": 4.0, "started": 2000.0}]})
     return run
 
 
