@@ -125,14 +125,17 @@ def _llava(folder: Path, train: list[dict], sign_samples: list[dict], company: q
 
 
 def _llm_text(folder: Path, train: list[dict], company: questions.Company, count: int, seed: int) -> None:
-    """Descriptions of training scenes with questions about them: what a language model can learn without seeing."""
+    """Descriptions of training scenes with questions about them: what a language model can learn without seeing.
+
+    Descriptions are in capitals: as with a picture, the object that a question names stands there in another token.
+    """
     rng = random.Random(f"{seed} llm text")
     samples = []
     for i in range(count):
         row = train[i % len(train)]
-        description = scenes.detailed_caption(row, rng, with_places=True)
-        samples.append({"id": f"text_{i:06d}",
-                        "conversations": questions.conversation(description, questions.turns(row, company, rng))})
+        description = scenes.detailed_caption(row, rng, with_places=True).upper()
+        turns = (questions.turns if rng.random() < 0.5 else questions.dense_turns)(row, company, rng)
+        samples.append({"id": f"text_{i:06d}", "conversations": questions.conversation(description, turns)})
     _json(folder / "llm_text.json", samples)
 
 

@@ -37,12 +37,12 @@ IGNORED = -100  # label of what is not learned
 
 @dataclass(frozen=True)
 class Settings:
-    vocabulary: int = 512
+    vocabulary: int = 640
     width: int = 128
     layers: int = 4
     heads: int = 4
-    steps: int = 1200
-    batch_size: int = 32
+    steps: int = 2000
+    batch_size: int = 16
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     seed: int = 0
@@ -185,8 +185,9 @@ def main() -> None:
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=settings.width, intermediate_size=settings.width * 8 // 3,
         num_hidden_layers=settings.layers, num_attention_heads=settings.heads, max_position_embeddings=1024,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, use_cache=False))
+        # Larger than Llama's 0.02: at this width attention would start out all but even, and stay so for long.
+        initializer_range=settings.width**-0.5, tie_word_embeddings=True, use_cache=False,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     parameters = sum(p.numel() for p in model.parameters())
     tokens = sum(len(encode(tokenizer, row)[0]) for row in held_out) / len(held_out)
     print(f"{parameters:,} parameters, {len(tokenizer)} entries, {tokens:.0f} tokens a conversation", flush=True)

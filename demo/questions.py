@@ -94,6 +94,18 @@ def turns(annotation: dict, company: Company, rng: random.Random, count: int = 8
     return chosen
 
 
+def dense_turns(annotation: dict, company: Company, rng: random.Random) -> list[Turn]:
+    """Where each single object is, what is at each place, and as many existence questions as the scene has: answers
+    that can only be found by linking words, many of them, so that a small language model starts to."""
+    where = {place: o["name"] for o in annotation["objects"] for place in o["places"]}
+    chosen = [(f"Where is the {o['name']}?", o["places"][0].capitalize())
+              for o in annotation["objects"] if len(o["places"]) == 1]
+    chosen += [(f"What is at the {place}?", where.get(place, "nothing").capitalize()) for place in PLACES]
+    chosen += _existence_turns(annotation, company, rng, len(PLACES))
+    rng.shuffle(chosen)
+    return chosen
+
+
 def _existence_turns(annotation: dict, company: Company, rng: random.Random, most: int) -> list[Turn]:
     """As many questions with yes as with no, `most` of each at most (a scene with one object has one of each)."""
     present = [o["name"] for o in annotation["objects"]]

@@ -221,7 +221,8 @@ def test_texts_describe_training_scenes_and_ask_about_them(folder, annotations):
     assert len(samples) == SIZES.llm_texts
     for row in samples:
         description, first = row["conversations"][0]["value"].split("\n")
-        ground, found = read_caption(description)
+        assert description == description.upper()
+        ground, found = read_caption(description.lower())
         annotation = training[ground, frozenset(found.items())]
         asked = [first, *(turn["value"] for turn in row["conversations"][2::2])]
         for question, answer in zip(asked, row["conversations"][1::2], strict=True):
