@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import errno
+
+from safetensors import SafetensorError
 
 from .convert import SUPPORTED, convert
-from .runs import fail
+from .runs import fail, is_disk_full
 
 
 def main() -> None:
@@ -27,10 +28,10 @@ def main() -> None:
         print(convert(arguments.source, arguments.target, arguments.top_k, arguments.architecture, arguments.to))
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error) and not isinstance(error, PermissionError):
             raise
-        fail(f"cannot write {arguments.target}: {error.strerror}")
+        fail(f"cannot write {arguments.target}: {error}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPTokenizer, CLIPVisionConfig
@@ -50,11 +53,30 @@ def load_model(source: str | Path, architecture: str | None = None, top_k: int |
         FileNotFoundError: there is nothing at `source`.
         ValueError: the source is not supported, or its weights do not fit its configuration.
     """
-    config, state = _read(Path(source), architecture, top_k)
+    config, state = _read(local(source), architecture, top_k)
     if not isinstance(config, CLIPMoEConfig):
-        raise ValueError(f"{source} holds a vision tower alone (model_type {_model_type(Path(source))}): it serves as "
+        raise ValueError(f"{source} holds a vision tower alone (model_type {_model_type(local(source))}): it serves as "
                          f"a VLM's vision tower, but here a text tower is needed too; {SUPPORTED}")
     return _build(CLIPMoEModel, config, state, source)
+
+
+def local(source: str | Path) -> Path:
+    """The file or folder itself; else the folder of the hub's model of that name, downloaded if need be.
+
+    Raises:
+        FileNotFoundError: `source` looks like a hub name, and the hub has no such model or cannot be reached.
+    """
+    path = Path(source)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return path
+    try:
+        folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "*.bin"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(f"{source}: no such file or folder here, and no such model from the hub "
+                                f"({str(error).splitlines()[0]})") from error
+    return folder
 
 
 def load_dense(source: str | Path, architecture: str | None = None) -> CLIPMoEModel:
@@ -71,13 +93,13 @@ def load_dense(source: str | Path, architecture: str | None = None) -> CLIPMoEMo
 
 def vision_config_of(folder: str | Path) -> CLIPMoEVisionConfig:
     """The vision tower's configuration in a folder, without reading weights. Raises as `load_model`."""
-    config = _folder_config(Path(folder))
+    config = _folder_config(local(folder))
     return config.vision_config if isinstance(config, CLIPMoEConfig) else config
 
 
 def load_vision(folder: str | Path) -> CLIPMoEVisionModel:
     """The vision tower of a folder, in its own dtype, in evaluation mode. Raises as `load_model`."""
-    config, state = _read(Path(folder), None, None)
+    config, state = _read(local(folder), None, None)
     if isinstance(config, CLIPMoEConfig):
         config = config.vision_config
     state = {name: tensor for name, tensor in state.items() if name.startswith("vision_model.")}
@@ -94,7 +116,7 @@ def processors_of(source: str | Path, architecture: str | None = None,
     Args:
         config: the source's configuration; needed for an official state dict, else read from the source.
     """
-    source = Path(source)
+    source = local(source)
     if config is None:
         config = _folder_config(source) if source.is_dir() else _read(source, architecture, None)[0]
     if not isinstance(config, CLIPMoEConfig):
@@ -113,7 +135,7 @@ def image_processor_of(source: str | Path, image_size: int) -> CLIPImageProcesso
     Raises:
         ValueError: open_clip_config.json asks for another kind of resizing than CLIP's.
     """
-    source = Path(source)
+    source = local(source)
     if (source / "preprocessor_config.json").is_file():
         return CLIPImageProcessor.from_pretrained(source)
     file = source / "open_clip_config.json"

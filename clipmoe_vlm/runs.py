@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 Config = TypeVar("Config")
 
@@ -34,11 +36,16 @@ def run_program(program: Callable[[Config], None], config_class: type[Config], u
         program(load_config(config_class, sys.argv[1:], usage))
     except UserError as error:
         fail(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
             raise
-        fail(f"the disk is full ({error.filename or error}); free some space and run the same command again: "
-             "finished work is intact and the run resumes from its last checkpoint")
+        fail(f"the disk is full ({getattr(error, 'filename', None) or error}); free some space and run the same "
+             "command again: finished work is intact and the run resumes from its last checkpoint")
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a failed write means no space; safetensors says so in words only."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def fail(message: str) -> None:
@@ -253,6 +260,37 @@ class Metrics:
 
     def log(self, **values: Any) -> None:
         self.stream.write(json.dumps(values) + "\n")
+
+
+def save_checkpoint(file: str | Path, trainable: dict[str, torch.nn.Parameter], optimizer: torch.optim.AdamW,
+                    **state: Any) -> None:
+    """One safetensors file: trainable weights, AdamW's moments, and `state` as text. It replaces the older one when
+    whole."""
+    tensors = {}
+    for name, parameter in trainable.items():
+        moments = optimizer.state[parameter]  # empty while fp16 has left out every update so far
+        tensors[f"weight.{name}"] = parameter.detach()
+        tensors[f"step.{name}"] = moments.get("step", torch.zeros(()))
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{key}.{name}"] = moments.get(key, torch.zeros_like(parameter))
+    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()},
+                                  {key: str(value) for key, value in state.items()})
+    with atomic_write(file, "wb") as stream:
+        stream.write(data)
+
+
+def load_checkpoint(file: str | Path, trainable: dict[str, torch.nn.Parameter],
+                    optimizer: torch.optim.AdamW) -> dict[str, str] | None:
+    """Fills weights and optimizer state from `file` and returns its `state`; None if there is no such file."""
+    if not Path(file).is_file():
+        return None
+    with safetensors.safe_open(file, "pt") as tensors, torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(tensors.get_tensor(f"weight.{name}"))
+            optimizer.state[parameter] = {
+                "step": tensors.get_tensor(f"step.{name}"),  # AdamW wants its counter on the CPU
+                **{key: tensors.get_tensor(f"{key}.{name}").to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}}
+        return tensors.metadata()
 
 
 # --- processes and progress ----------------------------------------------------------------------------------------

@@ -20,7 +20,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from clipmoe_vlm.runs import Metrics, UserError, atomic_write, fail, progress, set_seed, write_json
+from clipmoe_vlm.runs import (
+    Metrics,
+    UserError,
+    fail,
+    load_checkpoint,
+    progress,
+    save_checkpoint,
+    set_seed,
+    write_json,
+)
 
 PAD, END, QUESTION, ANSWER, UNKNOWN = "<pad>", "</s>", "<q>", "<a>", "<unk>"
 # Short, because every token counts on two cores.
@@ -108,15 +117,12 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 def train(model: LlamaForCausalLM, conversations: list, tokenizer: PreTrainedTokenizerFast, settings: Settings,
           folder: Path) -> None:
-    """Trains the model in place, from `folder/checkpoint.pt` on if there is one; the losses go to metrics.jsonl."""
-    checkpoint = folder / "checkpoint.pt"
+    """Trains the model in place, from its last checkpoint on if there is one; the losses go to metrics.jsonl."""
+    checkpoint = folder / "checkpoint.safetensors"
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    step = 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+    trainable = dict(model.named_parameters())
+    resumed = load_checkpoint(checkpoint, trainable, optimizer)
+    step = int(resumed["step"]) if resumed else 0
     metrics = Metrics(folder / "metrics.jsonl", keep=lambda row: row["step"] <= step)
     bar = progress(description="little LLM", total=settings.steps, initial=step)
     model.train()
@@ -133,8 +139,7 @@ def train(model: LlamaForCausalLM, conversations: list, tokenizer: PreTrainedTok
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if step % CHECKPOINT_EVERY == 0:
-            with atomic_write(checkpoint, "wb") as stream:
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, stream)
+            save_checkpoint(checkpoint, trainable, optimizer, step=step)
     bar.close()
 
 
@@ -199,7 +204,7 @@ def main() -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / "text_questions.json", {"parameters": parameters, "kinds": scores})
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

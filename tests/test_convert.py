@@ -364,6 +364,16 @@ def test_missing_source_is_refused(tmp_path):
     refused("no such file or folder", tmp_path / "nothing")
 
 
+def test_names_of_the_hub_are_looked_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    refused("no such model from the hub", Path("nobody/nothing"))
+    cached = tmp_path / "cache" / "models--somebody--clip"
+    theirs = hf_clip(cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    assert torch.equal(load_dense("somebody/clip").logit_scale, theirs.logit_scale)
+
+
 def test_unknown_model_type_is_refused(tmp_path):
     source = tmp_path / "clip_moe_by_name_only"
     source.mkdir()

@@ -109,12 +109,14 @@ def test_json_lines_mistakes_name_file_and_line(tmp_path):
 
 @pytest.mark.parametrize("body, message", [
     ("raise runs.UserError('cat.png is unreadable')", "error: cat.png is unreadable\n"),
+    ("raise SafetensorError('I/O error: No space left on device (os error 28)')", "error: the disk is full"),
     ("raise OSError(errno.ENOSPC, 'No space left on device', 'model.safetensors')", "error: the disk is full"),
 ])
 def test_a_users_mistake_ends_in_one_line_and_exit_code_2(tmp_path, body, message):
     (tmp_path / "config.yaml").write_text("output_dir: out")
     program = textwrap.dedent(f"""
         import errno
+        from safetensors import SafetensorError
         from clipmoe_vlm import runs
         from tests.test_runs import Config
         def main(config): {body}

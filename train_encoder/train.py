@@ -12,12 +12,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from clipmoe_vlm import CLIPMoEModel
-from clipmoe_vlm.runs import Distributed, Metrics, UserError, atomic_write, progress, set_seed, write_json
+from clipmoe_vlm.runs import (
+    Distributed,
+    Metrics,
+    UserError,
+    load_checkpoint,
+    progress,
+    save_checkpoint,
+    set_seed,
+    write_json,
+)
 
 from .config import EncoderConfig, MCLConfig, RouterConfig
 from .data import Collate, Pairs, Samples, loader
@@ -82,7 +89,10 @@ def train(stage: str, model: CLIPMoEModel, trainable: dict[str, nn.Parameter], l
     per_pass = steps_per_pass(labels, settings.batch_size)
     total = settings.max_steps or settings.epochs * per_pass
     checkpoint = folder / "checkpoint.safetensors"
-    step = load_checkpoint(checkpoint, trainable, optimizer, scaler)
+    resumed = load_checkpoint(checkpoint, trainable, optimizer)
+    step = int(resumed["step"]) if resumed else 0
+    if resumed:
+        scaler.load_state_dict(json.loads(resumed["scaler"]))
     metrics = None
     if distributed.is_main:
         metrics = Metrics(run.folder / "metrics.jsonl", lambda row: row["stage"] != stage or row["step"] <= step)
@@ -138,7 +148,8 @@ def train(stage: str, model: CLIPMoEModel, trainable: dict[str, nn.Parameter], l
                             image_balance=values[2], text_balance=values[3], lr=lr, grad_norm=norm, skipped=skipped,
                             samples_per_second=round(settings.batch_size / (time.perf_counter() - started), 2))
                 if step % config.checkpoint_every == 0 and step < total:
-                    save_checkpoint(checkpoint, trainable, optimizer, scaler, step)
+                    save_checkpoint(checkpoint, trainable, optimizer, step=step,
+                                    scaler=json.dumps(scaler.state_dict()))
             bar.set_postfix_str(f"loss {values[0]:.4f}", refresh=False)
             bar.update()
     bar.close()
@@ -177,38 +188,3 @@ def stop_non_finite(what: str, stage: str, step: int, numbers: np.ndarray, run: 
     ids = [run.samples.record(number)["id"] for number in numbers]
     file = folder / "non_finite.json"
     run.distributed.main_first(tell)
-
-
-# --- checkpoints ---------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(file: Path, trainable: dict[str, nn.Parameter], optimizer: torch.optim.AdamW,
-                    scaler: torch.amp.GradScaler, step: int) -> None:
-    """One safetensors file: trainable weights, AdamW's moments, the step. It replaces the older one when whole."""
-    tensors = {}
-    for name, parameter in trainable.items():
-        state = optimizer.state[parameter]  # empty while fp16 has left out every update so far
-        tensors[f"weight.{name}"] = parameter.detach()
-        tensors[f"step.{name}"] = state.get("step", torch.zeros(()))
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{key}.{name}"] = state.get(key, torch.zeros_like(parameter))
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()},
-                {"step": str(step), "scaler": json.dumps(scaler.state_dict())})
-    with atomic_write(file, "wb") as stream:
-        stream.write(data)
-
-
-def load_checkpoint(file: Path, trainable: dict[str, nn.Parameter], optimizer: torch.optim.AdamW,
-                    scaler: torch.amp.GradScaler) -> int:
-    """Fills weights and optimizer state from `file` and returns its step; 0 if there is no such file."""
-    if not file.is_file():
-        return 0
-    with safe_open(file, "pt") as tensors, torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(tensors.get_tensor(f"weight.{name}"))
-            optimizer.state[parameter] = {
-                "step": tensors.get_tensor(f"step.{name}"),  # AdamW wants its counter on the CPU
-                **{key: tensors.get_tensor(f"{key}.{name}").to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}}
-        metadata = tensors.metadata()
-    scaler.load_state_dict(json.loads(metadata["scaler"]))
-    return int(metadata["step"])

@@ -110,9 +110,7 @@ def _assemble(llm_source: str, tower_source: str,
 
 
 def _load_language_model(source: str, dtype: torch.dtype) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A causal language model with room for the `<image>` token, and its tokenizer."""
-    if not Path(source).is_dir():
-        raise UserError(f"llm: {source} is no folder; give one with config.json, weights and tokenizer")
+    """A causal language model (a folder's or the hub's) with room for the `<image>` token, and its tokenizer."""
     try:
         llm, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
