@@ -119,7 +119,7 @@ def _llava(folder: Path, train: list[dict], sign_samples: list[dict], company: q
                for row in train]
     stage_2 = sign_samples + [
         {"id": row["id"], "image": row["image"],
-         "conversations": questions.conversation("<image>", questions.turns(row, company, rng))} for row in train]
+         "conversations": questions.conversation("<image>", questions.some_turns(row, company, rng))} for row in train]
     _json(folder / "llava_stage1.json", stage_1)
     _json(folder / "llava_stage2.json", stage_2)
 
@@ -134,8 +134,8 @@ def _llm_text(folder: Path, train: list[dict], company: questions.Company, count
     for i in range(count):
         row = train[i % len(train)]
         description = scenes.detailed_caption(row, rng, with_places=True).upper()
-        turns = (questions.turns if rng.random() < 0.5 else questions.dense_turns)(row, company, rng)
-        samples.append({"id": f"text_{i:06d}", "conversations": questions.conversation(description, turns)})
+        samples.append({"id": f"text_{i:06d}", "conversations": questions.conversation(
+            description, questions.some_turns(row, company, rng))})
     _json(folder / "llm_text.json", samples)
 
 

@@ -94,6 +94,11 @@ def turns(annotation: dict, company: Company, rng: random.Random, count: int = 8
     return chosen
 
 
+def some_turns(annotation: dict, company: Company, rng: random.Random) -> list[Turn]:
+    """A conversation of either kind."""
+    return (turns if rng.random() < 0.5 else dense_turns)(annotation, company, rng)
+
+
 def dense_turns(annotation: dict, company: Company, rng: random.Random) -> list[Turn]:
     """Where each single object is, what is at each place, and as many existence questions as the scene has: answers
     that can only be found by linking words, many of them, so that a small language model starts to."""
