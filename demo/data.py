@@ -17,6 +17,7 @@ from demo import questions, scenes, signs
 from demo.stamps import OBJECTS, Stamps
 
 POPE_SETS = ("random", "popular", "adversarial")
+DESCRIBED = 0.2  # share of the text-only conversations that describe; the others answer questions
 PERCEPTION = ("existence", "count", "position", "color")
 
 
@@ -31,7 +32,7 @@ class Sizes:
     """
 
     train: int = 12000
-    test: int = 500
+    test: int = 1000
     pope: int = 200
     mme: int = 60
     signs: int = 400
@@ -119,23 +120,24 @@ def _llava(folder: Path, train: list[dict], sign_samples: list[dict], company: q
                for row in train]
     stage_2 = sign_samples + [
         {"id": row["id"], "image": row["image"],
-         "conversations": questions.conversation("<image>", questions.some_turns(row, company, rng))} for row in train]
+         "conversations": questions.conversation("<image>", questions.turns(row, company, rng))} for row in train]
     _json(folder / "llava_stage1.json", stage_1)
     _json(folder / "llava_stage2.json", stage_2)
 
 
 def _llm_text(folder: Path, train: list[dict], company: questions.Company, count: int, seed: int) -> None:
-    """Descriptions of training scenes with questions about them: what a language model can learn without seeing.
-
-    Descriptions are in capitals: as with a picture, the object that a question names stands there in another token.
-    """
+    """Maps of training scenes, to be described or with questions: what a language model can learn without seeing."""
     rng = random.Random(f"{seed} llm text")
     samples = []
     for i in range(count):
         row = train[i % len(train)]
-        description = scenes.detailed_caption(row, rng, with_places=True).upper()
-        samples.append({"id": f"text_{i:06d}", "conversations": questions.conversation(
-            description, questions.some_turns(row, company, rng))})
+        scene = scenes.word_map(row, rng)
+        if rng.random() < DESCRIBED:
+            talk = [{"from": "human", "value": scene},
+                    {"from": "gpt", "value": scenes.detailed_caption(row, rng, with_places=True)}]
+        else:
+            talk = questions.conversation(scene, questions.turns(row, company, rng))
+        samples.append({"id": f"text_{i:06d}", "conversations": talk})
     _json(folder / "llm_text.json", samples)
 
 

@@ -41,13 +41,17 @@ class Company:
             names.sort(key=lambda name: -sum(self.together[there, name] for there in present))
         return names
 
-    def plausible(self, present: list[str], rng: random.Random) -> str:
-        """An object that is not there, drawn as often as it would be there in such company.
+    def balancing(self, present: list[str], rng: random.Random) -> str:
+        """An object that is not there, for a question that balances one about an object that is.
 
-        A question about it then says nothing about its answer: who does not look can only guess.
+        Half of them are drawn as often as they occur, half as often as they would be in such company. So each object
+        is asked for with yes as often as with no: a question by itself says nothing about its answer.
         """
         names = [name for name in OBJECTS if name not in present]
-        weights = [sum(self.together[there, name] / self.frequency[there] for there in present) for name in names]
+        if rng.random() < 0.5:
+            weights = [self.frequency[name] for name in names]
+        else:
+            weights = [sum(self.together[there, name] / self.frequency[there] for there in present) for name in names]
         return rng.choices(names, [weight + 1e-3 for weight in weights])[0]
 
 
@@ -85,47 +89,38 @@ def _side_questions(annotation: dict) -> list[tuple[str, str]]:
 # --- conversations -------------------------------------------------------------------------------------------------
 
 
-def turns(annotation: dict, company: Company, rng: random.Random, count: int = 8) -> list[Turn]:
-    """Up to `count` questions with answers in few words: half of them whether an object is there, half of those yes."""
-    chosen = _existence_turns(annotation, company, rng, count // 4)
-    details = _detail_turns(annotation, rng)
-    chosen += rng.sample(details, min(len(details), count - len(chosen)))
-    rng.shuffle(chosen)
-    return chosen
+def turns(annotation: dict, company: Company, rng: random.Random) -> list[Turn]:
+    """A conversation with answers in few words: which objects are there, then details, or where each thing is.
+
+    Existence comes first, because after "Where is the cow?" nobody has to look to say whether there is a cow. One
+    conversation in four has none of it, so that every kind of question also comes first.
+    """
+    existence = _existence_turns(annotation, company, rng) if rng.random() < 0.75 else []
+    if rng.random() < 0.5:
+        chosen = _detail_turns(annotation, rng)
+    else:
+        where = {place: o["name"] for o in annotation["objects"] for place in o["places"]}
+        chosen = [(f"Where is the {o['name']}?", o["places"][0].capitalize())
+                  for o in annotation["objects"] if len(o["places"]) == 1]
+        chosen += [(f"What is at the {place}?", where.get(place, "nothing").capitalize()) for place in PLACES]
+    return existence + rng.sample(chosen, min(len(chosen), 4 if existence else 8))
 
 
-def some_turns(annotation: dict, company: Company, rng: random.Random) -> list[Turn]:
-    """A conversation of either kind."""
-    return (turns if rng.random() < 0.5 else dense_turns)(annotation, company, rng)
-
-
-def dense_turns(annotation: dict, company: Company, rng: random.Random) -> list[Turn]:
-    """Where each single object is, what is at each place, and as many existence questions as the scene has: answers
-    that can only be found by linking words, many of them, so that a small language model starts to."""
-    where = {place: o["name"] for o in annotation["objects"] for place in o["places"]}
-    chosen = [(f"Where is the {o['name']}?", o["places"][0].capitalize())
-              for o in annotation["objects"] if len(o["places"]) == 1]
-    chosen += [(f"What is at the {place}?", where.get(place, "nothing").capitalize()) for place in PLACES]
-    chosen += _existence_turns(annotation, company, rng, len(PLACES))
-    rng.shuffle(chosen)
-    return chosen
-
-
-def _existence_turns(annotation: dict, company: Company, rng: random.Random, most: int) -> list[Turn]:
-    """As many questions with yes as with no, `most` of each at most (a scene with one object has one of each)."""
+def _existence_turns(annotation: dict, company: Company, rng: random.Random) -> list[Turn]:
+    """A question about each object that is there, and one about as many that are not, in an order of chance."""
     present = [o["name"] for o in annotation["objects"]]
-    there = rng.sample(present, min(most, len(present)))
     absent: list[str] = []
-    while len(absent) < len(there):
-        name = company.plausible(present, rng)
+    while len(absent) < len(present):
+        name = company.balancing(present, rng)
         if name not in absent:
             absent.append(name)
     result = []
-    for name, answer in [(name, "Yes") for name in there] + [(name, "No") for name in absent]:
+    for name, answer in [(name, "Yes") for name in present] + [(name, "No") for name in absent]:
         question = is_there(name)
         if rng.random() < 0.3:
             question = question.replace("the image", "this image") + YES_OR_NO
         result.append((question, answer))
+    rng.shuffle(result)
     return result
 
 

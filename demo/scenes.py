@@ -26,6 +26,7 @@ FREQUENCY_IN_THEME = (6, 5, 4, 3, 2, 2)  # of a theme's first, second, ... objec
 FREQUENCY_OF_THEME = (3, 3, 3, 2, 2, 2, 2, 1, 1, 1)
 FROM_THE_THEME, REPEATED = 0.8, 0.35  # chances that an object is of the scene's theme; that it comes two or three times
 
+MAP_SIDE = 8  # words
 WITH_PLACES = 0.7  # share of detailed captions that name places
 TEMPLATES = ("{items} on a {ground} ground.", "On a {ground} ground, {items}.", "A {ground} picture with {items}.",
              "{items}; the ground is {ground}.")
@@ -123,6 +124,22 @@ def detailed_caption(annotation: dict, rng: random.Random, with_places: bool | N
     if with_places is None:
         with_places = rng.random() < WITH_PLACES
     return _say(annotation, rng.choice(TEMPLATES), with_places, rng.sample(range(4), 4))
+
+
+def word_map(annotation: dict, rng: random.Random) -> str:
+    """The scene as a map of 8 x 8 words in capitals, row by row: what covers each part, an object or the ground.
+
+    To a language model it is what the patches of a picture will be: one token each (of a word and the space before
+    it), whose position says where.
+    """
+    cells = [[annotation["ground"]] * MAP_SIDE for _ in range(MAP_SIDE)]
+    half = MAP_SIDE // 2
+    for o in annotation["objects"]:
+        for x, y in (_corner(place, MAP_SIDE) for place in o["places"]):
+            x, y = x + rng.randint(0, 1), y + rng.randint(0, 1)
+            for row in cells[y:y + half - 1]:
+                row[x:x + half - 1] = [o["name"]] * (half - 1)
+    return "".join(f" {word.upper()}" for row in cells for word in row)
 
 
 def _say(annotation: dict, template: str, with_places: bool, order: list[int]) -> str:

@@ -204,6 +204,9 @@ def test_conversations_are_true_and_balanced(folder, annotations):
                 assert answer["value"] == truth(question["value"], annotations[row["id"]]), question
                 if "Is there a" in question["value"]:
                     answers[answer["value"]] += 1
+            existence = ["Is there a" in question["value"] for question in turns[::2]]
+            # A later question may name what is there; it must not answer one that is still to come.
+            assert existence == sorted(existence, reverse=True)
     assert answers["Yes"] == answers["No"] > 100
 
 
@@ -214,19 +217,41 @@ def test_stage_1_pairs_pictures_with_true_captions(folder, annotations):
         assert read_caption(row["conversations"][1]["value"]) == told(annotations[row["id"]], True)
 
 
-def test_texts_describe_training_scenes_and_ask_about_them(folder, annotations):
-    training = {(row["ground"], frozenset(told(row, True)[1].items())): row
+def read_map(words: list[str]) -> tuple[str, dict[str, set]]:
+    """A map of 64 words -> ground, {object: places}; each object fills its share of a quarter and nothing else."""
+    cells = [words[i:i + 8] for i in range(0, 64, 8)]
+    grounds, found = set(), defaultdict(set)
+    for place in scenes.PLACES:
+        y, x = (4 if word in place else 0 for word in ("bottom", "right"))
+        quarter = Counter(word for row in cells[y:y + 4] for word in row[x:x + 4])
+        grounds |= quarter.keys() & scenes.COLORS.keys()
+        things = quarter.keys() - scenes.COLORS.keys()
+        assert len(things) <= 1 and all(quarter[name] == 9 for name in things)
+        for name in things:
+            found[name].add(place)
+    assert len(words) == 64 and len(grounds) == 1
+    return grounds.pop(), found
+
+
+def test_texts_map_training_scenes_and_describe_them_or_ask_about_them(folder, annotations):
+    training = {(row["ground"], frozenset((o["name"], frozenset(o["places"])) for o in row["objects"])): row
                 for key, row in annotations.items() if key.startswith("train")}
     samples = json.loads((folder / "llm_text.json").read_text(encoding="utf-8"))
     assert len(samples) == SIZES.llm_texts
+    described = 0
     for row in samples:
-        description, first = row["conversations"][0]["value"].split("\n")
-        assert description == description.upper()
-        ground, found = read_caption(description.lower())
-        annotation = training[ground, frozenset(found.items())]
-        asked = [first, *(turn["value"] for turn in row["conversations"][2::2])]
+        scene, *first = row["conversations"][0]["value"].split("\n")
+        assert scene == scene.upper()
+        ground, found = read_map(scene.lower().split())
+        annotation = training[ground, frozenset((name, frozenset(places)) for name, places in found.items())]
+        if not first:
+            described += 1
+            assert read_caption(row["conversations"][1]["value"]) == told(annotation, True)
+            continue
+        asked = [*first, *(turn["value"] for turn in row["conversations"][2::2])]
         for question, answer in zip(asked, row["conversations"][1::2], strict=True):
             assert answer["value"] == truth(question, annotation)
+    assert 0 < described < len(samples) / 2
 
 
 def test_pope_asks_three_there_and_three_absent_of_each_picture(folder, annotations):
