@@ -32,7 +32,7 @@ class Sizes:
     """
 
     train: int = 12000
-    test: int = 1000
+    test: int = 800
     pope: int = 200
     mme: int = 60
     signs: int = 400

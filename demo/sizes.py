@@ -28,10 +28,10 @@ class Plan:
 
 
 PLANS = {
-    "default": Plan(Sizes(), base_epochs=5, mcl_steps=75, router_steps=45, llm_steps=2000, projector_steps=500,
-                    vlm_steps=800),
+    "default": Plan(Sizes(), base_epochs=5, mcl_steps=60, router_steps=45, llm_steps=2000, projector_steps=400,
+                    vlm_steps=700),
     "tiny": Plan(Sizes(train=1500, test=100, pope=20, mme=5, signs=20, llm_texts=3000), base_epochs=1, mcl_steps=3,
                  router_steps=3, llm_steps=40, projector_steps=5, vlm_steps=15),
-    "full": Plan(Sizes(train=40000, test=2000, pope=500, mme=120, signs=1500, llm_texts=100000), base_epochs=10,
+    "full": Plan(Sizes(train=40000, test=1000, pope=500, mme=120, signs=1500, llm_texts=100000), base_epochs=10,
                  mcl_steps=300, router_steps=300, llm_steps=12000, projector_steps=3000, vlm_steps=16000),
 }
