@@ -5,6 +5,7 @@ The plugin itself never imports this module's third-party needs (omegaconf, tqdm
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -339,6 +340,8 @@ def init_distributed() -> Distributed:
         torch.cuda.set_device(device)
     if world_size > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        # A group that outlives the interpreter sometimes aborts the process (gloo's threads are still running).
+        atexit.register(torch.distributed.destroy_process_group)
     return Distributed(rank, world_size, device)
 
 
