@@ -340,9 +340,14 @@ def init_distributed() -> Distributed:
         torch.cuda.set_device(device)
     if world_size > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
-        # A group that outlives the interpreter sometimes aborts the process (gloo's threads are still running).
-        atexit.register(torch.distributed.destroy_process_group)
+    atexit.register(_leave_processes)
     return Distributed(rank, world_size, device)
+
+
+def _leave_processes() -> None:
+    """A group that outlives the interpreter sometimes aborts the process: gloo's threads are still running."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def set_seed(seed: int) -> None:
