@@ -99,11 +99,18 @@ def turns(annotation: dict, company: Company, rng: random.Random) -> list[Turn]:
     if rng.random() < 0.5:
         chosen = _detail_turns(annotation, rng)
     else:
-        where = {place: o["name"] for o in annotation["objects"] for place in o["places"]}
-        chosen = [(f"Where is the {o['name']}?", o["places"][0].capitalize())
-                  for o in annotation["objects"] if len(o["places"]) == 1]
-        chosen += [(f"What is at the {place}?", where.get(place, "nothing").capitalize()) for place in PLACES]
+        chosen = [_where_turn(o) for o in annotation["objects"] if len(o["places"]) == 1]
+        chosen += [_place_turn(annotation, place) for place in PLACES]
     return existence + rng.sample(chosen, min(len(chosen), 4 if existence else 8))
+
+
+def _where_turn(single: dict) -> Turn:
+    return f"Where is the {single['name']}?", single["places"][0].capitalize()
+
+
+def _place_turn(annotation: dict, place: str) -> Turn:
+    there = next((o["name"] for o in annotation["objects"] if place in o["places"]), "nothing")
+    return f"What is at the {place}?", there.capitalize()
 
 
 def _existence_turns(annotation: dict, company: Company, rng: random.Random) -> list[Turn]:
@@ -128,7 +135,6 @@ def _detail_turns(annotation: dict, rng: random.Random) -> list[Turn]:
     """One turn of each kind that the scene allows (at least five): counts, places, sides, the ground's colour."""
     objects, color = annotation["objects"], annotation["ground"]
     some = rng.choice(objects)
-    where = {place: o["name"] for o in objects for place in o["places"]}
     place = rng.choice(PLACES)
     other = rng.choice([c for c in COLORS if c != color])
     truth = rng.random() < 0.5
@@ -137,14 +143,13 @@ def _detail_turns(annotation: dict, rng: random.Random) -> list[Turn]:
     found = [
         (f"How many {plural(some['name'])} are in the image?", NUMBERS[count].capitalize()),
         (_count_question(some["name"], asked) + YES_OR_NO, "Yes" if asked == count else "No"),
-        (f"What is at the {place}?", where[place].capitalize() if place in where else "Nothing"),
+        _place_turn(annotation, place),
         ("What color is the ground?", color.capitalize()),
         (_color_question(color if truth else other) + YES_OR_NO, "Yes" if truth else "No"),
     ]
     single = [o for o in objects if len(o["places"]) == 1]
     if single:
-        asked_for = rng.choice(single)
-        found.append((f"Where is the {asked_for['name']}?", asked_for["places"][0].capitalize()))
+        found.append(_where_turn(rng.choice(single)))
     sides = _side_questions(annotation)
     if sides:
         true = rng.random() < 0.5
@@ -153,7 +158,7 @@ def _detail_turns(annotation: dict, rng: random.Random) -> list[Turn]:
 
 
 def conversation(first_words: str, pairs: list[Turn]) -> list[dict]:
-    """LLaVA's `conversations`; `first_words` (an `<image>` mark, or a description) stand before the first question."""
+    """LLaVA's `conversations`; `first_words` (an `<image>` mark, or a map of words) stand before the first question."""
     rows = []
     for i, (question, answer) in enumerate(pairs):
         rows += [{"from": "human", "value": f"{first_words}\n{question}" if i == 0 else question},

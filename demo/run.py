@@ -108,7 +108,7 @@ def encoder(out: Path, plan: Plan, method: str, seed: int) -> Step:
 def vlm(out: Path, plan: Plan, tower: str, stage: int, source: list[str], needs: tuple[str, ...], llm: str,
         seed: int) -> Step:
     # SmolLM2 knows English already: small updates; and two runs of it must fit into memory side by side.
-    tuning = (["learning_rate=2e-4", "projector_learning_rate=1e-3", "micro_batch_size=2"] if llm == "smollm2" else [])
+    tuning = ["learning_rate=2e-4", "projector_learning_rate=1e-3", "micro_batch_size=2"] if llm == "smollm2" else []
     precision = ["precision=bf16"] if torch.cuda.is_available() else []
     most = plan.projector_steps if stage == 1 else plan.vlm_steps
     return Step(f"VLM {tower} stage {stage}", [
