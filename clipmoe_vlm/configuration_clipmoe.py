@@ -6,6 +6,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+PROJECTIONS = ("linear", "mlp", "none")
+VISION_POOLING = ("cls", "avg", "map", "attention")
+TEXT_POOLING = ("eos", "argmax", "first", "last")
+
 
 class _TowerConfig(PretrainedConfig):
     """What both towers share. A tower with `num_experts=1` is dense.
@@ -13,11 +17,16 @@ class _TowerConfig(PretrainedConfig):
     Args:
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, hidden_act, layer_norm_eps: as in CLIP.
         projection_dim: size of the space that pictures and texts share.
+        projection: from the pooled feature into that space: "linear", "mlp" (timm's head in open_clip: two linears
+            with a GELU between, `2 * projection_dim` wide inside), or "none" (the pooled feature is in it already).
+        projection_bias: whether the (last) linear of the projection has a bias.
         num_experts: experts per MoE layer; expert 0 is the base's own feed-forward layer.
         num_experts_per_tok: experts that each token goes through (top_k).
         first_moe_layer: index of the first block with experts; the blocks before it are dense.
         expert_dropout: dropout between the activation and the second linear of an expert, in training mode.
         router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5) in `aux_loss`.
+        balance_bias: routers have a bias for the choice of experts alone (see `moe.Router`).
+        base_gate: MoE layers have a gate between the base and the mixture (see `moe.SparseMoE`).
     """
 
     def __init__(
@@ -29,11 +38,15 @@ class _TowerConfig(PretrainedConfig):
         hidden_act: str = "quick_gelu",
         layer_norm_eps: float = 1e-5,
         projection_dim: int = 512,
+        projection: str = "linear",
+        projection_bias: bool = False,
         num_experts: int = 1,
         num_experts_per_tok: int = 1,
         first_moe_layer: int = 0,
         expert_dropout: float = 0.0,
         router_z_loss_coef: float = 0.0,
+        balance_bias: bool = False,
+        base_gate: bool = False,
         initializer_range: float = 0.02,
         **kwargs: Any,
     ):
@@ -44,12 +57,20 @@ class _TowerConfig(PretrainedConfig):
         self.hidden_act = hidden_act
         self.layer_norm_eps = layer_norm_eps
         self.projection_dim = projection_dim
+        self.projection = projection
+        self.projection_bias = projection_bias
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.first_moe_layer = first_moe_layer
         self.expert_dropout = expert_dropout
         self.router_z_loss_coef = router_z_loss_coef
+        self.balance_bias = balance_bias
+        self.base_gate = base_gate
         self.initializer_range = initializer_range
+        _check_choice("projection", projection, PROJECTIONS)
+        if projection == "none" and self.pooled_size != projection_dim:
+            raise ValueError(f"without a projection the pooled feature of {self.pooled_size} channels must have "
+                             f"projection_dim ({projection_dim}) of them")
         if hidden_size % num_attention_heads:
             raise ValueError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_attention_heads}")
         if not 1 <= num_experts_per_tok <= num_experts:
@@ -58,21 +79,67 @@ class _TowerConfig(PretrainedConfig):
             raise ValueError(f"first_moe_layer {first_moe_layer} must lie in 0..{num_hidden_layers} (all blocks)")
         super().__init__(**kwargs)
 
+    @property
+    def pooled_size(self) -> int:
+        """Size of the pooled feature, before the projection."""
+        return self.hidden_size
+
     def is_moe_layer(self, layer: int) -> bool:
         return self.num_experts > 1 and layer >= self.first_moe_layer
 
 
 class CLIPMoEVisionConfig(_TowerConfig):
-    """The vision tower (a ViT with a class token and a norm before its first block)."""
+    """The vision tower: a ViT of square patches. The defaults are CLIP's.
+
+    Args:
+        image_size, patch_size: sides of pictures and patches in pixels.
+        class_token: whether a learned token stands before the patches.
+        patch_bias: whether the patch embedding has a bias.
+        pre_norm: whether there is a norm before the first block.
+        pooling: what the picture's feature is made of: "cls" (the class token), "avg" (the mean of the patches), "map"
+            (SigLIP's head: a learned query attends to the patches, then an MLP beside a residual), or "attention"
+            (open_clip's attentional pooler: a learned query attends to all tokens, into `projection_dim` channels).
+        num_pooling_heads: attention heads of "map" and "attention" (default: as in the blocks).
+        norm_after_pooling: whether the final norm follows the pooling or goes before it ("cls": the same).
+    """
 
     model_type = "clip_moe_vision_model"
     base_config_key = "vision_config"
 
-    def __init__(self, image_size: int = 224, patch_size: int = 32, num_channels: int = 3, **kwargs: Any):
+    def __init__(
+        self,
+        image_size: int = 224,
+        patch_size: int = 32,
+        num_channels: int = 3,
+        class_token: bool = True,
+        patch_bias: bool = False,
+        pre_norm: bool = True,
+        pooling: str = "cls",
+        num_pooling_heads: int | None = None,
+        norm_after_pooling: bool = True,
+        **kwargs: Any,
+    ):
         self.image_size = image_size
         self.patch_size = patch_size
         self.num_channels = num_channels
+        self.class_token = class_token
+        self.patch_bias = patch_bias
+        self.pre_norm = pre_norm
+        self.pooling = pooling
+        self.num_pooling_heads = num_pooling_heads
+        self.norm_after_pooling = norm_after_pooling
+        _check_choice("pooling", pooling, VISION_POOLING)
+        if pooling == "cls" and not class_token:
+            raise ValueError("pooling 'cls' needs a class token (class_token: true)")
         super().__init__(**kwargs)
+
+    @property
+    def pooled_size(self) -> int:
+        return self.projection_dim if self.pooling == "attention" else self.hidden_size
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> CLIPMoEVisionConfig:
@@ -82,9 +149,13 @@ class CLIPMoEVisionConfig(_TowerConfig):
 
 
 class CLIPMoETextConfig(_TowerConfig):
-    """The text tower (causal). `eos_token_id` marks the position whose feature stands for the whole text.
+    """The text tower. The defaults are CLIP's.
 
-    As in transformers' CLIP, `eos_token_id=2` means the position of the largest token id (what OpenAI's code does).
+    Args:
+        is_causal: whether a token sees only those before it; else it sees all, padding too.
+        pooling: the position whose feature stands for the whole text: "eos" (the first `eos_token_id`), "argmax" (the
+            largest token id), "first" or "last". Default: "eos", or as in transformers' CLIP "argmax" if
+            `eos_token_id=2` (what OpenAI's code does).
     """
 
     model_type = "clip_moe_text_model"
@@ -100,10 +171,15 @@ class CLIPMoETextConfig(_TowerConfig):
         pad_token_id: int | None = 1,
         bos_token_id: int | None = 49406,
         eos_token_id: int | None = 49407,
+        is_causal: bool = True,
+        pooling: str | None = None,
         **kwargs: Any,
     ):
         self.vocab_size = vocab_size
         self.max_position_embeddings = max_position_embeddings
+        self.is_causal = is_causal
+        self.pooling = pooling or ("argmax" if eos_token_id == 2 else "eos")
+        _check_choice("pooling", self.pooling, TEXT_POOLING)
         super().__init__(hidden_size=hidden_size, intermediate_size=intermediate_size,
                          num_attention_heads=num_attention_heads, **kwargs)
         # After super().__init__: transformers 4 sets these itself from its keywords, transformers 5 no longer does.
@@ -117,6 +193,7 @@ class CLIPMoEConfig(PretrainedConfig):
         vision_config, text_config: keyword arguments of `CLIPMoEVisionConfig` and `CLIPMoETextConfig`, or instances.
         projection_dim: size of the shared space; both towers take it over.
         logit_scale_init_value: natural logarithm of the logit scale at initialisation.
+        logit_bias_init_value: what is added to every logit at initialisation (SigLIP); None: no such parameter.
     """
 
     model_type = "clip_moe"
@@ -128,15 +205,22 @@ class CLIPMoEConfig(PretrainedConfig):
         text_config: dict | CLIPMoETextConfig | None = None,
         projection_dim: int = 512,
         logit_scale_init_value: float = 2.6592,
+        logit_bias_init_value: float | None = None,
         **kwargs: Any,
     ):
         self.vision_config = _as(CLIPMoEVisionConfig, vision_config, projection_dim)
         self.text_config = _as(CLIPMoETextConfig, text_config, projection_dim)
         self.projection_dim = projection_dim
         self.logit_scale_init_value = logit_scale_init_value
+        self.logit_bias_init_value = logit_bias_init_value
         super().__init__(**kwargs)
 
 
 def _as(config_class: type, value: Any, projection_dim: int) -> Any:
     values = value.to_dict() if isinstance(value, PretrainedConfig) else dict(value or {})
     return config_class(**{**values, "projection_dim": projection_dim})
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} '{value}' must be one of {', '.join(choices)}")

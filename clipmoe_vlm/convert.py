@@ -1,41 +1,34 @@
 """Other people's CLIPs in, our folders out, and the official CLIP-MoE state dict both ways.
 
 `_read` turns any source into a configuration and a state dict with our names; dispatch is on `config.json`'s
-`model_type`, on `open_clip_config.json`, or on the names of the tensors in a weights file. OpenAI's tensor names
-(also those of open_clip and of the official CLIP-MoE) are translated in `openai_layout.py`.
+`model_type`, on `open_clip_config.json`, or on the names of the tensors in a weights file. The translations are in the
+`*_layout.py` files; `weights.py` reads files, `processors.py` makes image processors and tokenizers.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
-import re
-import tempfile
-import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig
 
+from . import siglip_layout
 from .configuration_clipmoe import CLIPMoEConfig, CLIPMoEVisionConfig
 from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
-from .openai_layout import config_of_official, config_of_open_clip, names_to_official, names_to_ours
+from .open_clip_layout import architecture_values, config_of_open_clip
+from .openai_layout import config_of_shapes, names_to_official, names_to_ours
+from .processors import image_processor_of, save_tokenizer, tokenizer_of
 from .runs import atomic_folder, atomic_write
+from .weights import State, local, read_folder, read_json, read_weights
 
 SUPPORTED = (
-    "supported are CLIP-MoE folders (model_type clip_moe), transformers' CLIPModel folders (clip), open_clip's ViTs "
-    "with a class token (a folder with open_clip_config.json, or a weights file and --architecture), and the official "
-    "CLIP-MoE state dict (.pt or .safetensors, with --top-k)"
+    "supported are CLIP-MoE folders (model_type clip_moe), transformers' CLIPModel and SiglipModel folders (clip, "
+    "siglip; also SigLIP 2 with a fixed picture size), open_clip's plain ViTs, its own or timm's, with its plain text "
+    "transformer (a folder with open_clip_config.json, or a weights file and --architecture), OpenAI's ViTs (.pt), and "
+    "the official CLIP-MoE state dict (.pt or .safetensors, with --top-k)"
 )
-CLIP_VOCABULARY = 49408
-State = dict[str, Tensor]
 
 
 # --- public --------------------------------------------------------------------------------------------------------
@@ -60,25 +53,6 @@ def load_model(source: str | Path, architecture: str | None = None, top_k: int |
     return _build(CLIPMoEModel, config, state, source)
 
 
-def local(source: str | Path) -> Path:
-    """The file or folder itself; else the folder of the hub's model of that name, downloaded if need be.
-
-    Raises:
-        FileNotFoundError: `source` looks like a hub name, and the hub has no such model or cannot be reached.
-    """
-    path = Path(source)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return path
-    try:
-        folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "*.bin"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(f"{source}: no such file or folder here, and no such model from the hub "
-                                f"({str(error).splitlines()[0]})") from error
-    return folder
-
-
 def load_dense(source: str | Path, architecture: str | None = None) -> CLIPMoEModel:
     """A dense CLIP (a base for experts) in float32. See `load_model`.
 
@@ -89,6 +63,17 @@ def load_dense(source: str | Path, architecture: str | None = None) -> CLIPMoEMo
     if model.config.vision_config.num_experts > 1 or model.config.text_config.num_experts > 1:
         raise ValueError(f"{source} is a CLIP-MoE already; a dense CLIP is needed here")
     return model
+
+
+def config_of(source: str | Path, architecture: str | None = None) -> CLIPMoEConfig | CLIPMoEVisionConfig:
+    """The configuration of any source; a folder's, or an `architecture` of open_clip's, without reading weights.
+
+    Raises as `load_model`.
+    """
+    if architecture is not None:
+        return config_of_open_clip(architecture_values(architecture), architecture)
+    source = local(source)
+    return _folder_config(source) if source.is_dir() else _read(source, None, None)[0]
 
 
 def vision_config_of(folder: str | Path) -> CLIPMoEVisionConfig:
@@ -108,99 +93,36 @@ def load_vision(folder: str | Path) -> CLIPMoEVisionModel:
 
 def processors_of(source: str | Path, architecture: str | None = None,
                   config: CLIPMoEConfig | CLIPMoEVisionConfig | None = None) -> tuple[CLIPImageProcessor, Any]:
-    """Image processor and tokenizer of a source.
+    """Image processor (see `processors.image_processor_of`) and tokenizer (`processors.tokenizer_of`) of a source.
 
-    The tokenizer is that of the folder, else CLIP's BPE (from the open_clip package) when the vocabulary has its 49,408
-    entries; None for another vocabulary or for a vision tower alone. Image processor: see `image_processor_of`.
+    No tokenizer, but None, for a vision tower alone and where there is none.
 
     Args:
         config: the source's configuration; needed for an official state dict, else read from the source.
     """
     source = local(source)
     if config is None:
-        config = _folder_config(source) if source.is_dir() else _read(source, architecture, None)[0]
+        config = config_of(source, architecture)
     if not isinstance(config, CLIPMoEConfig):
         return image_processor_of(source, config.image_size), None
-    image_processor = image_processor_of(source, config.vision_config.image_size)
-    if (source / "tokenizer_config.json").is_file():
-        return image_processor, AutoTokenizer.from_pretrained(source)
-    if config.text_config.vocab_size == CLIP_VOCABULARY:
-        return image_processor, clip_tokenizer(config.text_config.max_position_embeddings)
-    return image_processor, None
-
-
-def image_processor_of(source: str | Path, image_size: int) -> CLIPImageProcessor:
-    """The source's own image processor; else as open_clip_config.json says, or as OpenAI's CLIP, at `image_size`.
-
-    Raises:
-        ValueError: open_clip_config.json asks for another kind of resizing than CLIP's.
-    """
-    source = local(source)
-    if (source / "preprocessor_config.json").is_file():
-        return CLIPImageProcessor.from_pretrained(source)
-    file = source / "open_clip_config.json"
-    values = _json(file).get("preprocess_cfg", {}) if file.is_file() else {}
-    resize_mode, interpolation = values.get("resize_mode", "shortest"), values.get("interpolation", "bicubic")
-    resample = {"bicubic": 3, "bilinear": 2}.get(interpolation)  # PIL's numbers
-    if resize_mode != "shortest" or resample is None:
-        raise ValueError(f"{file}: pictures are resized by mode '{resize_mode}' and interpolation '{interpolation}'; "
-                         "supported are mode 'shortest' (then a centre crop) with 'bicubic' or 'bilinear'")
-    statistics = {ours: values[theirs] for theirs, ours in (("mean", "image_mean"), ("std", "image_std"))
-                  if theirs in values}
-    return CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size},
-                              resample=resample, **statistics)
-
-
-def clip_tokenizer(max_length: int) -> CLIPTokenizer:
-    """CLIP's BPE tokenizer, made from the vocabulary file inside the open_clip package."""
-    try:
-        from open_clip.tokenizer import SimpleTokenizer
-    except ImportError:
-        raise ValueError("CLIP's vocabulary comes with the open_clip package, which is not installed: "
-                         "pip install open_clip_torch, or put the tokenizer's files into the source folder") from None
-    theirs = SimpleTokenizer()
-    vocabulary = sorted(theirs.encoder, key=theirs.encoder.__getitem__)
-    # The last two entries are the marks, which open_clip spells in its own way.
-    vocabulary[-2:] = ["<|startoftext|>", "<|endoftext|>"]
-    merges = sorted(theirs.bpe_ranks, key=theirs.bpe_ranks.__getitem__)
-    with tempfile.TemporaryDirectory() as folder:
-        _write_bpe(Path(folder), {token: index for index, token in enumerate(vocabulary)}, merges)
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
-
-
-def _write_bpe(folder: Path, vocabulary: dict[str, int], merges: Sequence[Sequence[str]]) -> None:
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _split_tokenizer_file(folder: Path) -> None:
-    """Replaces tokenizer.json by vocab.json and merges.txt, which every transformers since 4.36 reads.
-
-    Today's tokenizer.json does not load in the transformers of LLaVA's users.
-    """
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        values = _json(file)
-        vocabulary = values["model"]["vocab"]
-        if all(token["content"] in vocabulary for token in values["added_tokens"]):
-            merges = [pair.split() if isinstance(pair, str) else pair for pair in values["model"]["merges"]]
-            _write_bpe(folder, vocabulary, merges)
-            file.unlink()
+    return (image_processor_of(source, config.vision_config.image_size, architecture),
+            tokenizer_of(source, config.text_config))
 
 
 def save_folder(model: CLIPMoEModel, folder: str | Path, image_processor: CLIPImageProcessor | None = None,
                 tokenizer: Any = None) -> None:
-    """Writes a model folder that is whole or not there; an older one of the same name is replaced."""
+    """Writes a model folder that is whole or not there; an older one of the same name is replaced.
+
+    The text tower's `pad_token_id` becomes the tokenizer's: published configurations are wrong there (SigLIP 2's).
+    """
+    if tokenizer is not None and tokenizer.pad_token_id is not None:
+        model.config.text_config.pad_token_id = tokenizer.pad_token_id
     with atomic_folder(folder) as new:
         model.save_pretrained(new)
         if image_processor is not None:
             image_processor.save_pretrained(new)
         if tokenizer is not None:
-            tokenizer.model_max_length = model.config.text_config.max_position_embeddings
-            tokenizer.save_pretrained(new)
-            if isinstance(tokenizer, CLIPTokenizer):
-                _split_tokenizer_file(new)
+            save_tokenizer(tokenizer, new, model.config.text_config.max_position_embeddings)
 
 
 def save_official(model: CLIPMoEModel, file: str | Path) -> None:
@@ -254,31 +176,38 @@ def _read(source: Path, architecture: str | None, top_k: int | None
         if architecture is not None or top_k is not None:
             raise ValueError(f"{source} is a folder, whose configuration file says all: --architecture goes with an "
                              "open_clip weights file, --top-k with an official CLIP-MoE state dict")
-        config = _folder_config(source)
-        if _model_type(source) is None:
-            state = _folder_weights(source, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-            return config, names_to_ours(state, source)
-        state = _folder_weights(source, "model.safetensors", "pytorch_model.bin")
-        # Checkpoints of older transformers hold the constant 0, 1, 2, ... as a buffer.
-        state = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}
-        if not isinstance(config, CLIPMoEConfig) and not any(name.startswith("vision_model.") for name in state):
-            # transformers 5 saves a CLIPVisionModel without its module's name in front.
-            state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
-        return config, state
-    state = _weights(source)
+        return _read_folder(source)
+    state = read_weights(source)
     if any(name.startswith("visual.layer1.") for name in state):
         raise ValueError(f"{source} holds a ResNet CLIP; {SUPPORTED}")
     if architecture is not None:
         if top_k is not None:
             raise ValueError("--top-k and --architecture exclude each other: the one is for an official CLIP-MoE state "
                              "dict, the other for a dense open_clip weights file")
-        return config_of_open_clip(_architecture(architecture), architecture), names_to_ours(state, source)
-    if "positional_embedding_res" not in state:
-        found = "a dense CLIP under open_clip's names" if "visual.conv1.weight" in state else (
+        config = config_of_open_clip(architecture_values(architecture), architecture)
+    elif "positional_embedding_res" in state or "input_resolution" in state:  # official CLIP-MoE, OpenAI's archive
+        config = config_of_shapes(state, top_k, source)
+    else:
+        found = "a dense CLIP under open_clip's names" if any(name.startswith("visual.") for name in state) else (
             f"tensors like {', '.join(sorted(state)[:3])}")
         raise ValueError(f"{source} holds {found}; an open_clip weights file needs --architecture (a name of "
-                         f"open_clip's, or a model.json); {SUPPORTED}")
-    return config_of_official(state, top_k, source), names_to_ours(state, source)
+                         "open_clip's, or a model.json; a fine-tuned ViT of OpenAI's is one of the names that end in "
+                         f"-quickgelu); {SUPPORTED}")
+    return config, names_to_ours(state, config, source)
+
+
+def _read_folder(folder: Path) -> tuple[CLIPMoEConfig | CLIPMoEVisionConfig, State]:
+    config, model_type = _folder_config(folder), _model_type(folder)
+    if model_type is None:
+        state = read_folder(folder, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        return config, names_to_ours(state, config, folder)
+    state = read_folder(folder, "model.safetensors", "pytorch_model.bin")
+    # Checkpoints of older transformers hold the constant 0, 1, 2, ... as a buffer.
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}
+    if not isinstance(config, CLIPMoEConfig) and not any(name.startswith("vision_model.") for name in state):
+        # transformers 5 saves a CLIPVisionModel without its module's name in front.
+        state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
+    return config, siglip_layout.names_to_ours(state, folder) if model_type.startswith("siglip") else state
 
 
 def _folder_config(folder: Path) -> CLIPMoEConfig | CLIPMoEVisionConfig:
@@ -286,7 +215,7 @@ def _folder_config(folder: Path) -> CLIPMoEConfig | CLIPMoEVisionConfig:
         raise FileNotFoundError(f"{folder}: no such folder")
     model_type = _model_type(folder)
     if model_type is None:
-        values = _json(folder / "open_clip_config.json")
+        values = read_json(folder / "open_clip_config.json")
         return config_of_open_clip(values.get("model_cfg", values), folder)
     if model_type == "clip_moe":
         return CLIPMoEConfig.from_pretrained(folder)
@@ -304,20 +233,26 @@ def _folder_config(folder: Path) -> CLIPMoEConfig | CLIPMoEVisionConfig:
             projection_dim=config.projection_dim,
             logit_scale_init_value=config.logit_scale_init_value,
         )
-    raise ValueError(f"{folder} has model_type '{model_type}'; {SUPPORTED}")
+    if model_type == "siglip":
+        return siglip_layout.config_of_siglip(read_json(folder / "config.json"), folder)
+    if model_type == "siglip_vision_model":
+        return CLIPMoEVisionConfig(**siglip_layout.vision_values(read_json(folder / "config.json"), folder))
+    note = " (SigLIP 2 NaFlex, which takes pictures of any shape)" if model_type.startswith("siglip2") else ""
+    raise ValueError(f"{folder} has model_type '{model_type}'{note}; {SUPPORTED}")
 
 
 def _model_type(folder: Path) -> str | None:
-    """`config.json`'s model_type; None for an open_clip folder.
+    """`config.json`'s model_type; None for an open_clip folder, where config.json may be timm's, which has no such key.
 
     Raises:
         ValueError: neither kind of configuration is there.
     """
-    if (folder / "config.json").is_file():
-        return str(_json(folder / "config.json").get("model_type"))
+    values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "model_type" in values:
+        return str(values["model_type"])
     if (folder / "open_clip_config.json").is_file():
         return None
-    raise ValueError(f"{folder} has neither config.json nor open_clip_config.json; {SUPPORTED}")
+    raise ValueError(f"{folder} has neither a config.json with a model_type nor an open_clip_config.json; {SUPPORTED}")
 
 
 def _tower_values(config: CLIPConfig) -> dict[str, Any]:
@@ -329,70 +264,6 @@ def _tower_values(config: CLIPConfig) -> dict[str, Any]:
 def _vision_values(config: CLIPVisionConfig) -> dict[str, Any]:
     names = ("image_size", "patch_size", "num_channels", "projection_dim")
     return {**_tower_values(config), **{name: getattr(config, name) for name in names}}
-
-
-def _architecture(architecture: str) -> dict[str, Any]:
-    """open_clip's model configuration by its name or from a file."""
-    if Path(architecture).is_file():
-        values = _json(Path(architecture))
-        return values.get("model_cfg", values)
-    try:
-        import open_clip
-    except ImportError:
-        raise ValueError(f"--architecture {architecture} is no file, and open_clip's names are known to its package "
-                         "alone: pip install open_clip_torch") from None
-    values = open_clip.get_model_config(architecture)
-    if values is None:
-        raise ValueError(f"--architecture {architecture} is neither a file nor a name that open_clip knows "
-                         "(open_clip.list_models() lists them)")
-    return values
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a JSON object")
-    return values
-
-
-def _folder_weights(folder: Path, *names: str) -> State:
-    for name in names:
-        if (folder / name).is_file():
-            return _weights(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            state: State = {}
-            for shard in sorted(set(_json(index)["weight_map"].values())):
-                state.update(_weights(folder / shard))
-            return state
-    raise FileNotFoundError(f"{folder} holds no weights: expected {' or '.join(names)}")
-
-
-def _weights(file: Path) -> State:
-    """The tensors of a safetensors or torch file; a training checkpoint's `state_dict`; without DDP's `module.`."""
-    try:
-        if file.suffix == ".safetensors":
-            state = safetensors.torch.load_file(file)
-        else:
-            if zipfile.is_zipfile(file):
-                with zipfile.ZipFile(file) as archive:
-                    if any(Path(name).name == "constants.pkl" for name in archive.namelist()):
-                        raise ValueError(f"{file} is a TorchScript archive (as OpenAI publishes them); save its "
-                                         "state_dict to a file and convert that with --architecture")
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} is not a readable weights file ({reason})") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file} holds no state dict (a mapping of names to tensors); {SUPPORTED}")
-    if all(name.startswith("module.") for name in state):
-        state = {name[len("module."):]: tensor for name, tensor in state.items()}
-    return state
 
 
 def _build(model_class: type, config: Any, state: State, source: str | Path) -> Any:
@@ -419,7 +290,7 @@ def _check_target(source: Path, target: Path) -> None:
         raise ValueError(f"{target} is the source itself; name another folder")
     if target.is_dir() and any(target.iterdir()):
         file = target / "config.json"
-        if not file.is_file() or _json(file).get("model_type") != CLIPMoEConfig.model_type:
+        if not file.is_file() or read_json(file).get("model_type") != CLIPMoEConfig.model_type:
             raise ValueError(f"{target} exists and is no CLIP-MoE folder: it would be replaced; name another folder")
 
 

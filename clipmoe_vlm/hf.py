@@ -1,4 +1,5 @@
-"""Makes transformers' Auto classes, and so every host built on them, know our model types."""
+"""Makes transformers' Auto classes, and so every host built on them, know our model types; and the other way round,
+makes saved folders load in a transformers that does not know us (`trust_remote_code=True`)."""
 
 from __future__ import annotations
 
@@ -22,4 +23,7 @@ def register() -> None:
     for config_class, model_class in ((CLIPMoEConfig, CLIPMoEModel), (CLIPMoEVisionConfig, CLIPMoEVisionModel)):
         AutoModel.register(config_class, model_class, exist_ok=True)
         AutoImageProcessor.register(config_class, *IMAGE_PROCESSORS, exist_ok=True)
+        # `save_pretrained` and `push_to_hub` then add our three files, for people without this package.
+        config_class.register_for_auto_class()
+        model_class.register_for_auto_class("AutoModel")
     AutoTokenizer.register(CLIPMoEConfig, CLIPTokenizer, exist_ok=True)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_clipmoe import CLIPMoEVisionConfig
-from .convert import image_processor_of, load_vision, vision_config_of
+from .convert import load_vision, vision_config_of
 from .modeling_clipmoe import CLIPMoETowerOutput
+from .processors import image_processor_of
 from .routing import expert_load, router_entropy
 from .upcycling import expert_parameters, router_parameters
 
@@ -24,10 +25,10 @@ class CLIPMoEVisionTower(nn.Module):
     Unlike LLaVA's own, gradients follow `requires_grad`, and blocks behind the selected layer are not computed.
 
     Args:
-        vision_tower: folder of a CLIP-MoE, or of a dense CLIP (transformers' `CLIPModel` or `CLIPVisionModel`, or
-            open_clip's with open_clip_config.json).
+        vision_tower: folder of a CLIP-MoE, or of a dense CLIP (transformers' `CLIPModel`, `SiglipModel` or their vision
+            towers alone, or open_clip's with open_clip_config.json).
         args: LLaVA's arguments. `mm_vision_select_layer` (index into the hidden states, usually -2);
-            `mm_vision_select_feature` ('patch', or 'cls_patch' to keep the class token);
+            `mm_vision_select_feature` ('patch', or 'cls_patch' to keep the class token, where there is one);
             `unfreeze_mm_vision_tower` (load at once, and leave the weights trainable);
             `s2` and `s2_scales` (several scales, their features side by side: arXiv 2403.13043).
         delay_load: read the configuration only; `load_model` reads the weights.
@@ -50,10 +51,7 @@ class CLIPMoEVisionTower(nn.Module):
         self.image_processor = image_processor_of(vision_tower, self.cfg_only.image_size)
         self.scales = self._read_scales(args) if getattr(args, "s2", False) else []
         self._check_arguments()
-        if self.scales:
-            largest = self.scales[-1]
-            self.image_processor.size["shortest_edge"] = largest
-            self.image_processor.crop_size["height"] = self.image_processor.crop_size["width"] = largest
+        self._prepare_image_processor()
         self.aux_loss = torch.zeros(())
         self._router_logits: tuple[Tensor, ...] = ()
         if not delay_load or self.trainable:
@@ -70,6 +68,20 @@ class CLIPMoEVisionTower(nn.Module):
             raise ValueError(f"s2 has no use for mm_vision_select_feature '{self.select_feature}': set it to 'patch'")
         return scales
 
+    def _prepare_image_processor(self) -> None:
+        """Answers what LLaVA's code asks, `crop_size['height']` and `size['shortest_edge']`, also where nothing is cut.
+
+        With several scales, pictures come at the size of the largest.
+        """
+        processor = self.image_processor
+        if "shortest_edge" not in processor.size:
+            processor.size = SquareSize(height=processor.size["height"], width=processor.size["width"])
+        if self.scales:
+            sizes = [processor.crop_size, processor.size]
+            for values, key in ((values, key) for values in sizes for key in ("height", "width", "shortest_edge")):
+                if key in values:
+                    values[key] = self.scales[-1]
+
     def _check_arguments(self) -> None:
         depth = self.cfg_only.num_hidden_layers
         if not -depth - 1 <= self.select_layer <= depth:
@@ -77,6 +89,9 @@ class CLIPMoEVisionTower(nn.Module):
                              f"has {depth} blocks, so {-depth - 1}..{depth}")
         if self.select_feature not in ("patch", "cls_patch"):
             raise ValueError(f"mm_vision_select_feature '{self.select_feature}' must be 'patch' or 'cls_patch'")
+        if self.select_feature == "cls_patch" and not self.cfg_only.class_token:
+            raise ValueError(f"mm_vision_select_feature 'cls_patch': {self.vision_tower_name} has no class token; set "
+                             "it to 'patch', which gives all its tokens")
 
     def load_model(self, device_map: Any = None) -> None:
         """Reads the weights, frozen unless `unfreeze_mm_vision_tower`; does nothing the second time.
@@ -146,7 +161,7 @@ class CLIPMoEVisionTower(nn.Module):
     def feature_select(self, image_forward_outs: CLIPMoETowerOutput) -> Tensor:
         """The selected hidden state, `[B, P, D]`, with the class token in front for 'cls_patch'."""
         features = image_forward_outs.hidden_states[self.select_layer]
-        return features[:, 1:] if self.select_feature == "patch" else features
+        return features[:, 1:] if self.select_feature == "patch" and self.config.class_token else features
 
     @property
     def routing(self) -> dict[str, Tensor] | None:
@@ -186,6 +201,15 @@ class CLIPMoEVisionTower(nn.Module):
     @property
     def num_patches(self) -> int:
         return self.num_patches_per_side**2
+
+
+class SquareSize(dict):
+    """The size of an image processor that resizes to a square, answering LLaVA's question for the shorter side too."""
+
+    def __missing__(self, key: str) -> int:
+        if key != "shortest_edge":
+            raise KeyError(key)
+        return self["height"]
 
 
 def _cut(images: Tensor, count: int) -> Tensor:

@@ -3,24 +3,25 @@
 import contextlib
 import io
 import json
+import pickle
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 from unittest import mock
 
+import convert_cases
 import pytest
 import torch
 import torch.nn.functional as F
+from convert_cases import architecture, open_clip_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor
 from transformers import CLIPModel as HFCLIPModel
 
 from clipmoe_vlm import CLIPMoEModel
 from clipmoe_vlm.__main__ import main
 from clipmoe_vlm.convert import (
-    clip_tokenizer,
     convert,
     load_dense,
     load_model,
@@ -169,53 +170,9 @@ def test_official_file_without_top_k_or_with_a_wrong_one_is_refused(tmp_path):
 # --- transformers' CLIPModel ---------------------------------------------------------------------------------------
 
 
-def hf_clip(folder: Path, activation: str = "quick_gelu", eos_token_id: int = 98) -> HFCLIPModel:
+def hf_clip(folder: Path) -> HFCLIPModel:
     torch.manual_seed(0)
-    sizes = {"intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_act": activation}
-    config = CLIPConfig(
-        text_config={"hidden_size": 32, "vocab_size": 99, "max_position_embeddings": 20, "eos_token_id": eos_token_id,
-                     "bos_token_id": 97, "pad_token_id": 0, **sizes},
-        vision_config={"hidden_size": 48, "image_size": 32, "patch_size": 8, **sizes},
-        projection_dim=24,
-    )
-    model = HFCLIPModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
-    model.save_pretrained(folder)
-    return model
-
-
-def texts_and_pictures() -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(1)
-    ids = torch.randint(1, 97, (5, 20))
-    for row, end in enumerate((3, 19, 7, 12, 1)):
-        ids[row, end] = 98
-        ids[row, end + 1:] = 0
-    return ids, torch.randn(4, 3, 32, 32)
-
-
-def features_of_hf(model: HFCLIPModel, ids: torch.Tensor, pixels: torch.Tensor) -> tuple:
-    vision = model.vision_model(pixel_values=pixels, output_hidden_states=True)
-    text = model.text_model(input_ids=ids)
-    return (model.visual_projection(vision.pooler_output), model.text_projection(text.pooler_output),
-            vision.hidden_states)
-
-
-@pytest.mark.parametrize(("activation", "eos_token_id"), [("quick_gelu", 98), ("gelu", 98), ("gelu", 2)])
-def test_hf_clip_folder_gives_the_same_features_and_hidden_states(activation, eos_token_id, tmp_path):
-    theirs = hf_clip(tmp_path / "hf", activation, eos_token_id)
-    ids, pixels = texts_and_pictures()
-    image_features, text_features, hidden_states = features_of_hf(theirs, ids, pixels)
-    convert(tmp_path / "hf", tmp_path / "ours")
-    for ours in (load_dense(tmp_path / "hf"), CLIPMoEModel.from_pretrained(tmp_path / "ours")):
-        close(ours.get_image_features(pixels), image_features)
-        close(ours.get_text_features(ids), text_features)
-        for mine, other in zip(ours.vision_model(pixels, output_hidden_states=True).hidden_states, hidden_states,
-                               strict=True):
-            close(mine, other)
-        close(ours(input_ids=ids, pixel_values=pixels).logits_per_image,
-              theirs(input_ids=ids, pixel_values=pixels).logits_per_image)
+    return convert_cases.hf_clip()(folder).model
 
 
 def test_sharded_and_torch_weights_are_read(tmp_path):
@@ -234,106 +191,7 @@ def test_sharded_and_torch_weights_are_read(tmp_path):
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_hf_folder_keeps_its_image_processor_and_tokenizer(tmp_path):
-    hf_clip(tmp_path / "hf")
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3],
-                       image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path / "hf")
-    clip_tokenizer(20).save_pretrained(tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "ours")
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "ours")
-    assert (list(processor.image_mean), processor.size["shortest_edge"]) == ([0.1, 0.2, 0.3], 32)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
-    assert tokenizer("a photo")["input_ids"] == [49406, 320, 1125, 49407]
-    assert tokenizer.model_max_length == 20
-    # Not the one file that transformers 5 writes: that of LLaVA's users cannot read it.
-    files = {path.name for path in (tmp_path / "ours").iterdir()}
-    assert {"vocab.json", "merges.txt"} < files and "tokenizer.json" not in files
-
-
 # --- open_clip -----------------------------------------------------------------------------------------------------
-
-
-ARCHITECTURE = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "layers": 3, "width": 48, "head_width": 16, "patch_size": 8, "mlp_ratio": 2.0},
-    "text_cfg": {"context_length": 20, "vocab_size": 99, "width": 32, "heads": 4, "layers": 2},
-}
-
-
-def open_clip_model(**changes):
-    import open_clip
-
-    torch.manual_seed(2)
-    values = {**ARCHITECTURE, **changes}
-    custom_text = values.pop("custom_text", False)
-    model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**values).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
-    return model
-
-
-def check_open_clip(ours: CLIPMoEModel, theirs: torch.nn.Module) -> None:
-    ids, pixels = texts_and_pictures()
-    blocks = []
-    hooks = [block.register_forward_hook(lambda module, inputs, output: blocks.append(output))
-             for block in theirs.visual.transformer.resblocks]
-    close(ours.get_image_features(pixels), theirs.encode_image(pixels))
-    close(ours.get_text_features(ids), theirs.encode_text(ids))
-    for hook in hooks:
-        hook.remove()
-    hidden_states = ours.vision_model(pixels, output_hidden_states=True).hidden_states[1:]
-    assert len(hidden_states) == len(blocks) == 3
-    for mine, other in zip(hidden_states, blocks, strict=True):
-        close(mine, other)
-    close(ours.logit_scale, theirs.logit_scale)
-
-
-@pytest.mark.parametrize("quick_gelu", [True, False])
-@pytest.mark.parametrize("custom_text", [True, False])
-def test_open_clip_training_checkpoint_gives_the_same_outputs(quick_gelu, custom_text, tmp_path):
-    theirs = open_clip_model(quick_gelu=quick_gelu, custom_text=custom_text)
-    (tmp_path / "tiny.json").write_text(json.dumps({**ARCHITECTURE, "quick_gelu": quick_gelu}))
-    state = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
-    torch.save({"epoch": 3, "name": "run", "state_dict": state}, tmp_path / "epoch_3.pt")
-    check_open_clip(load_dense(tmp_path / "epoch_3.pt", str(tmp_path / "tiny.json")), theirs)
-    done = command("convert", tmp_path / "epoch_3.pt", tmp_path / "ours", "--architecture", tmp_path / "tiny.json")
-    assert done.returncode == 0, done.stderr
-    assert "no tokenizer" in done.stdout
-    check_open_clip(CLIPMoEModel.from_pretrained(tmp_path / "ours"), theirs)
-
-
-@pytest.mark.parametrize("weights", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
-def test_open_clip_folder_with_its_vocabulary_and_preprocessing(weights, tmp_path):
-    architecture = {**ARCHITECTURE, "text_cfg": {**ARCHITECTURE["text_cfg"], "vocab_size": 49408}}
-    theirs = open_clip_model(**architecture)
-    preprocess = {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bilinear",
-                  "resize_mode": "shortest"}
-    source = tmp_path / "open_clip"
-    source.mkdir()
-    (source / "open_clip_config.json").write_text(json.dumps({"model_cfg": architecture, "preprocess_cfg": preprocess}))
-    if weights.endswith(".bin"):
-        torch.save(theirs.state_dict(), source / weights)
-    else:
-        save_file(theirs.state_dict(), source / weights)
-    convert(source, tmp_path / "ours")
-    ours = CLIPMoEModel.from_pretrained(tmp_path / "ours")
-    check_open_clip(ours, theirs)
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "ours")
-    assert (list(processor.image_mean), list(processor.image_std)) == ([0.5] * 3, [0.25] * 3)
-    assert (processor.size["shortest_edge"], processor.crop_size["height"], processor.resample) == (32, 32, 2)
-
-    import open_clip
-
-    captions = ["A photo of two cats' hats!!", "eleven   RED parrots, 12 (twelve) left of a café"]
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
-    ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    expected = open_clip.SimpleTokenizer(context_length=20)(captions)
-    # open_clip pads with 0, transformers with the end mark: neither is looked at by the text's feature.
-    for ours_row, row in zip(ids, expected, strict=True):
-        length = int(row.argmax()) + 1
-        assert torch.equal(ours_row[:length], row[:length])
-    close(ours.get_text_features(ids), theirs.encode_text(expected))
 
 
 def test_architecture_by_open_clips_name(tmp_path):
@@ -377,31 +235,20 @@ def test_names_of_the_hub_are_looked_up(tmp_path, monkeypatch):
 def test_unknown_model_type_is_refused(tmp_path):
     source = tmp_path / "clip_moe_by_name_only"
     source.mkdir()
-    (source / "config.json").write_text(json.dumps({"model_type": "siglip"}))
-    refused("model_type 'siglip'; supported are CLIP-MoE folders", source)
-
-
-@pytest.mark.parametrize(("changes", "found"), [
-    ({"vision_cfg": {"layers": [3, 4, 6, 3], "width": 64, "patch_size": None, "image_size": 32}}, "ResNet"),
-    ({"vision_cfg": {"timm_model_name": "convnext_base", "image_size": 32}}, "convnext_base"),
-    ({"vision_cfg": {**ARCHITECTURE["vision_cfg"], "attentional_pool": True}}, "attentional_pool"),
-    ({"vision_cfg": {**ARCHITECTURE["vision_cfg"], "pool_type": "avg"}}, "pool_type = 'avg'"),
-    ({"text_cfg": {"hf_model_name": "roberta-base"}}, "roberta-base"),
-    ({"text_cfg": {**ARCHITECTURE["text_cfg"], "no_causal_mask": True}}, "no_causal_mask"),
-])
-def test_other_open_clip_architectures_are_refused(changes, found, tmp_path):
-    torch.save(open_clip_model().state_dict(), tmp_path / "weights.pt")
-    (tmp_path / "model.json").write_text(json.dumps({**ARCHITECTURE, **changes}))
-    with pytest.raises(ValueError, match=f"{found}.*supported are"):
-        load_dense(tmp_path / "weights.pt", str(tmp_path / "model.json"))
+    (source / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
+    refused("model_type 'siglip2' (SigLIP 2 NaFlex, which takes pictures of any shape); supported are", source)
+    values = {"model_type": "siglip", "vision_config": {"vision_use_head": False}}
+    (source / "config.json").write_text(json.dumps(values))
+    refused("without its pooling head (vision_use_head: false); supported are", source)
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
-    state = open_clip_model().state_dict()
+    values = architecture()
+    state = open_clip_model(values).state_dict()
     torch.save(state, tmp_path / "weights.pt")
-    wider = {**ARCHITECTURE, "vision_cfg": {**ARCHITECTURE["vision_cfg"], "width": 64}}
-    (tmp_path / "model.json").write_text(json.dumps(wider))
-    refused("do not fit the configuration", tmp_path / "weights.pt", "--architecture", tmp_path / "model.json")
+    (tmp_path / "wider.json").write_text(json.dumps(architecture({"width": 64})))
+    (tmp_path / "model.json").write_text(json.dumps(values))
+    refused("do not fit the configuration", tmp_path / "weights.pt", "--architecture", tmp_path / "wider.json")
     refused("needs --architecture", tmp_path / "weights.pt")
     refused("neither a file nor a name that open_clip knows", tmp_path / "weights.pt", "--architecture", "ViT-B-33")
     torch.save({**state, "visual.layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pt")
@@ -420,14 +267,62 @@ def test_unreadable_files_are_refused(tmp_path):
     refused("not a readable weights file", tmp_path / "text.safetensors", "--top-k", "2")
     torch.save({"numbers": [1, 2]}, tmp_path / "numbers.pt")
     refused("holds no state dict", tmp_path / "numbers.pt", "--top-k", "2")
-    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
-        archive.writestr("model/constants.pkl", "what a TorchScript archive has and a state dict has not")
-    refused("TorchScript", tmp_path / "script.pt")
     hf_clip(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
     refused("holds no weights", tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text("{")
     refused("not valid JSON", tmp_path / "hf")
+
+
+class Touch:
+    """Unpickled by Python's own pickle, it makes a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_no_pickled_code_runs(tmp_path):
+    """Neither of torch's old format, nor of its archives, nor where one claims to be OpenAI's TorchScript."""
+    made = tmp_path / "made"
+    payload = {"visual.conv1.weight": torch.zeros(1), "extra": Touch(made)}
+    torch.save(payload, tmp_path / "archive.pt")
+    torch.save(payload, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(payload))
+    for name in ("archive", "old"):
+        refused("no plain archive of tensors: it holds the Python object ", tmp_path / f"{name}.pt")
+    refused("not a readable weights file", tmp_path / "plain.pt")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "script.pt")
+    with zipfile.ZipFile(tmp_path / "script.pt") as archive, zipfile.ZipFile(tmp_path / "fake.pt", "w") as fake:
+        for name in archive.namelist():
+            content = archive.read(name)
+            fake.writestr(name, pickle.dumps(Touch(made), 2) if name.endswith("data.pkl") else content)
+    refused("not a readable weights file", tmp_path / "fake.pt")
+    assert not made.exists()
+    torch.load(tmp_path / "archive.pt", weights_only=False)
+    assert made.exists()  # the payload would have worked
+
+
+class Rebuilds(torch.nn.Module):
+    """TorchScript that does something of its own when it is loaded."""
+
+    @torch.jit.export
+    def __getstate__(self) -> int:
+        return 1
+
+    @torch.jit.export
+    def __setstate__(self, state: int) -> None:
+        self.training = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_no_code_of_a_torchscript_archive_runs(tmp_path):
+    torch.jit.save(torch.jit.script(Rebuilds()), tmp_path / "script.pt")
+    refused("runs code of its own when it is loaded (__setstate__)", tmp_path / "script.pt")
 
 
 def test_vision_tower_alone_has_no_text():
@@ -484,7 +379,7 @@ def test_own_folder_is_read_back_exactly_and_its_vision_tower_alone(tmp_path):
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in moe.state_dict().items())
     tower = load_vision(tmp_path / "moe")
     tower.save_pretrained(tmp_path / "tower")
-    _, pixels = texts_and_pictures()
+    pixels = torch.randn(4, 3, 32, 32)
     expected = moe.eval().vision_model(pixels).pooler_output
     for vision in (tower, load_vision(tmp_path / "tower")):
         assert torch.equal(vision(pixels).pooler_output, expected)

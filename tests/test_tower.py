@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from transformers import CLIPModel as HFCLIPModel
 from transformers import CLIPVisionModel as HFCLIPVisionModel
 
@@ -117,6 +126,41 @@ def test_whole_clips_of_transformers_and_open_clip_serve_as_towers(tmp_path):
     model.encode_image(images)
     features = CLIPMoEVisionTower(str(tmp_path / "open_clip"), arguments())(images)
     torch.testing.assert_close(features, blocks[0][:, 1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["whole", "vision tower alone"])
+def test_siglip_gives_all_its_tokens(kind, tmp_path):
+    sizes = {**TOWER_SIZES, "image_size": 32, "patch_size": 8}
+    if kind == "whole":
+        theirs = SiglipModel(SiglipConfig(vision_config=sizes, text_config={**TOWER_SIZES, "vocab_size": 50}))
+        vision = theirs.vision_model
+    else:
+        vision = theirs = SiglipVisionModel(SiglipVisionConfig(**sizes))
+    theirs.eval().save_pretrained(tmp_path)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    images = pictures()
+    tower = CLIPMoEVisionTower(str(tmp_path), arguments())
+    expected = vision(images, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(tower(images), expected, rtol=1e-5, atol=1e-5)
+    assert expected.shape[1] == tower.num_patches == 16
+    with pytest.raises(ValueError, match="has no class token"):
+        CLIPMoEVisionTower(str(tmp_path), arguments(mm_vision_select_feature="cls_patch"))
+
+
+def test_siglip_image_processor_is_as_llava_uses_it(tmp_path):
+    """Nothing is cut off, and still LLaVA's code finds the sizes where it looks for them."""
+    SiglipModel(SiglipConfig(vision_config={**TOWER_SIZES, "image_size": 32, "patch_size": 8},
+                             text_config={**TOWER_SIZES, "vocab_size": 50})).save_pretrained(tmp_path)
+    for values, side in (({}, 32), ({"s2": True, "s2_scales": "32,64"}, 64)):
+        processor = CLIPMoEVisionTower(str(tmp_path), arguments(**values), delay_load=True).image_processor
+        assert (processor.crop_size["height"], processor.size["shortest_edge"]) == (side, side)
+        edge = Image.new("RGB", (90, 30))
+        edge.paste((255, 255, 255), (0, 0, 45, 30))
+        for call in (processor.preprocess, processor):
+            pixels = call(edge, return_tensors="pt")["pixel_values"]
+            assert pixels.shape == (1, 3, side, side)
+            assert pixels[0, 0, 0, 0] == 1 and pixels[0, 0, 0, -1] == -1
+    assert list(processor.image_mean) == [0.5] * 3
 
 
 def test_moe_folder_gives_the_models_hidden_state(moe_folder):
@@ -315,7 +359,7 @@ def test_s2_arguments_are_checked(moe_folder):
 def test_wrong_folders_fail_with_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         CLIPMoEVisionTower(str(tmp_path / "nothing"), arguments())
-    with pytest.raises(ValueError, match="neither config.json nor open_clip_config.json"):
+    with pytest.raises(ValueError, match="neither a config.json with a model_type nor an open_clip_config.json"):
         CLIPMoEVisionTower(str(tmp_path), arguments())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
     with pytest.raises(ValueError, match="model_type 'dinov2'; supported are"):

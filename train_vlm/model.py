@@ -51,7 +51,12 @@ def build(config: VLMConfig) -> tuple[LlavaForConditionalGeneration, LlavaProces
         assert config.llm and config.vision_tower  # checked by config.check
         model, tokenizer, image_processor = _assemble(config.llm, config.vision_tower, dtype)
     model.config.vision_feature_layer = config.select_layer
-    model.config.vision_feature_select_strategy = "default" if config.select_feature == "patch" else "full"
+    has_class_token = _has_class_token(model.config)
+    if config.select_feature == "cls_patch" and not has_class_token:
+        raise UserError("select_feature: cls_patch, but the vision tower has no class token; use patch, which gives "
+                        "all its tokens")
+    drops_first = config.select_feature == "patch" and has_class_token
+    model.config.vision_feature_select_strategy = "default" if drops_first else "full"
     depth = model.config.vision_config.num_hidden_layers
     if not -depth - 1 <= config.select_layer <= depth:
         raise UserError(f"select_layer: {config.select_layer} does not exist; the tower has the hidden states "
@@ -61,7 +66,7 @@ def build(config: VLMConfig) -> tuple[LlavaForConditionalGeneration, LlavaProces
         tokenizer=tokenizer,
         patch_size=model.config.vision_config.patch_size,
         vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # the class token
+        num_additional_image_tokens=int(has_class_token),
         chat_template=chat_template(config.template, tokenizer),
     )
     size, crop = model.config.vision_config.image_size, image_processor.crop_size
@@ -73,7 +78,11 @@ def build(config: VLMConfig) -> tuple[LlavaForConditionalGeneration, LlavaProces
 
 def tokens_per_picture(config: LlavaConfig) -> int:
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    return patches + (config.vision_feature_select_strategy == "full")
+    return patches + (_has_class_token(config) and config.vision_feature_select_strategy == "full")
+
+
+def _has_class_token(config: LlavaConfig) -> bool:
+    return getattr(config.vision_config, "class_token", True)  # transformers' CLIP always has one
 
 
 def _load_vlm(folder: str, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase, Any]:
@@ -186,7 +195,7 @@ def _refuse_gaps(report: dict[str, Any], where: str) -> None:
 def set_trainable(model: LlavaForConditionalGeneration, config: VLMConfig) -> None:
     """Sets `requires_grad` and training mode of every part; adds LoRA adapters to the language model.
 
-    Blocks of the tower behind `select_layer` and its final norm are not computed, so they never train.
+    What stands behind `select_layer` in the tower (blocks, final norm, pooling) is not computed, so it never trains.
     """
     model.requires_grad_(False)
     model.eval()
@@ -195,9 +204,9 @@ def set_trainable(model: LlavaForConditionalGeneration, config: VLMConfig) -> No
     used = layers[: config.select_layer % (len(layers) + 1)]
     if config.tower == "full":
         tower.requires_grad_(True)
-        tower.vision_model.post_layernorm.requires_grad_(False)
-        for layer in layers[len(used):]:
-            layer.requires_grad_(False)
+        for unused in (*layers[len(used):], tower.vision_model.post_layernorm, tower.vision_model.head):
+            if unused is not None:
+                unused.requires_grad_(False)
     elif config.tower == "last_n":
         if config.tower_last_n > len(used):
             raise UserError(f"tower_last_n: {config.tower_last_n}, but only {len(used)} blocks of the tower are used")

@@ -1,0 +1,61 @@
+"""A VLM on a tower without a class token."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_train_vlm import LLAVA_TRAIN, settings
+from transformers import (
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from clipmoe_vlm.runs import UserError
+from train_vlm.data import read_picture
+from train_vlm.model import VLMLoss, build, set_trainable, tokens_per_picture
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("siglip")
+    torch.manual_seed(0)
+    SiglipVisionModel(SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                                         num_attention_heads=2, image_size=28, patch_size=14)).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+def test_every_patch_becomes_a_token_in_training_and_in_transformers(siglip, tmp_path):
+    config = settings(tmp_path, vision_tower=str(siglip), tower="full")
+    model, processor = build(config)
+    set_trainable(model, config)
+    assert tokens_per_picture(model.config) == 4
+    picture = read_picture("scene03.png", LLAVA_TRAIN / "images")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    inputs = processor(images=picture, text=text, return_tensors="pt")
+    is_picture = inputs.input_ids == model.config.image_token_id
+    assert int(is_picture.sum()) == 4
+    assert inputs.pixel_values.shape == (1, 3, 28, 28)
+    loss, _ = VLMLoss(model)(inputs.input_ids, inputs.input_ids.masked_fill(is_picture, -100), inputs.pixel_values, 1)
+    loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert not any("post_layernorm" in name or ".head." in name for name in trained)
+
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    loaded = AutoProcessor.from_pretrained(tmp_path / "model", backend="pil")
+    same = loaded(images=picture, text=text, return_tensors="pt")
+    assert all(torch.equal(same[name], value) for name, value in inputs.items())
+    with torch.no_grad():
+        torch.testing.assert_close(again(**same).logits, model.eval()(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_there_is_no_class_token_to_keep(siglip, tmp_path):
+    with pytest.raises(UserError, match="select_feature: cls_patch, but the vision tower has no class token"):
+        build(settings(tmp_path, vision_tower=str(siglip), select_feature="cls_patch"))
