@@ -13,19 +13,29 @@ from torch import Tensor, nn
 
 
 class Router(nn.Linear):
-    """Bias-free linear router, computed in float32 whatever the model's dtype or autocast."""
+    """Linear router without a trained bias, computed in float32 whatever the model's dtype or autocast.
 
-    def __init__(self, hidden_size: int, num_experts: int):
+    Args:
+        balance_bias: add a bias per expert to the logits that choose the experts, but not to those that weigh them. No
+            gradient trains it: loss-free balancing (arXiv 2408.15664) moves it. The paper adds it to sigmoid scores;
+            our scores are logits, in which a shift means the same for every token whatever its other logits.
+        base_gate: a linear layer whose sigmoid is the base's share of each token and dimension (see `SparseMoE`).
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, balance_bias: bool = False, base_gate: bool = False):
         super().__init__(hidden_size, num_experts, bias=False)
+        self.register_buffer("balance_bias", torch.zeros(num_experts) if balance_bias else None)
+        self.base_gate = nn.Linear(hidden_size, hidden_size) if base_gate else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[N, D]` -> router logits `[N, E]`, float32."""
+        """`[N, D]` -> router logits `[N, E]`, float32, with the balance bias: their top k are the experts."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return F.linear(hidden_states.float(), self.weight.float())
+            logits = F.linear(hidden_states.float(), self.weight.float())
+        return logits if self.balance_bias is None else logits + self.balance_bias.float()
 
 
 class Experts(nn.Module):
-    """E feed-forward networks with their weights stacked, so that a token's experts cost two grouped products."""
+    """E feed-forward networks with their weights stacked: one parameter per layer, whichever experts are in use."""
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, activation: Callable,
                  dropout: float):
@@ -49,27 +59,53 @@ class Experts(nn.Module):
             `[N, D]`.
         """
         tokens, top_k = chosen.shape
-        # One stable sort brings all rows of an expert together: each linear is then E contiguous products.
+        # One stable sort brings all rows of an expert together. Rows only ever change places (here, and when the sort
+        # is undone, instead of scattering with atomics): sums keep their order, and so results stay the same.
         order = chosen.flatten().argsort(stable=True)
-        expert_of_row = chosen.flatten()[order]
-        rows_per_expert = F.one_hot(expert_of_row, self.fc1_weight.shape[0]).sum(0)
-        hidden = _grouped_linear(hidden_states[order // top_k], self.fc1_weight, self.fc1_bias, expert_of_row,
-                                 rows_per_expert)
-        hidden = F.dropout(self.activation(hidden), self.dropout, self.training)
-        hidden = _grouped_linear(hidden, self.fc2_weight, self.fc2_bias, expert_of_row, rows_per_expert)
-        # Undoing the sort (instead of scattering with atomics) keeps the sum's order, and so the result, fixed.
-        hidden = hidden[order.argsort()].view(tokens, top_k, -1)
-        return (hidden * weights.to(hidden.dtype).unsqueeze(-1)).sum(1)
+        rows = hidden_states.repeat_interleave(top_k, 0).index_select(0, order)
+        expert_of_row = F.one_hot(chosen.flatten()[order], self.fc1_weight.shape[0])
+        outputs = (self._grouped if _has_grouped_mm(rows, self.fc1_weight) else self._looped)(rows, expert_of_row)
+        outputs = outputs.index_select(0, order.argsort()).view(tokens, top_k, -1)
+        return (outputs * weights.to(outputs.dtype).unsqueeze(-1)).sum(1)
+
+    def _hidden(self, rows: Tensor) -> Tensor:
+        return F.dropout(self.activation(rows), self.dropout, self.training)
+
+    def _grouped(self, rows: Tensor, expert_of_row: Tensor) -> Tensor:
+        """`rows` `[R, D]` sorted by expert, `expert_of_row` `[R, E]` one-hot -> `[R, D]`; never waits for the GPU."""
+        parameters = [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
+        if torch.is_autocast_enabled(rows.device.type):  # unlike F.linear, grouped_mm does not heed autocast
+            dtype = torch.get_autocast_dtype(rows.device.type)
+            rows, *parameters = (tensor.to(dtype) for tensor in (rows, *parameters))
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
+        ends = expert_of_row.sum(0).cumsum(0).to(torch.int32)
+        # Biases as a product with one-hot rows: their gradient is then a product, where indexing would scatter.
+        one_hot = expert_of_row.to(rows.dtype)
+        hidden = F.grouped_mm(rows, fc1_weight.transpose(1, 2), offs=ends).addmm_(one_hot, fc1_bias)
+        return F.grouped_mm(self._hidden(hidden), fc2_weight.transpose(1, 2), offs=ends).addmm_(one_hot, fc2_bias)
+
+    def _looped(self, rows: Tensor, expert_of_row: Tensor) -> Tensor:
+        """The same, one expert after the other: on a CPU the faster way, since its hidden layer stays in the cache."""
+        # unbind, not weight[e]: its backward stacks the gradients once, where each index would fill a whole stack.
+        experts = zip(rows.split(expert_of_row.sum(0).tolist()), self.fc1_weight.unbind(), self.fc1_bias.unbind(),
+                      self.fc2_weight.unbind(), self.fc2_bias.unbind(), strict=True)
+        return torch.cat([F.linear(self._hidden(F.linear(part, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+                          for part, fc1_weight, fc1_bias, fc2_weight, fc2_bias in experts])
 
 
 class SparseMoE(nn.Module):
-    """Top-k MoE in the place of a feed-forward layer: p = softmax(router(x)), the top k renormalised to sum 1."""
+    """Top-k MoE in the place of a feed-forward layer: p = softmax(router(x)), the top k renormalised to sum 1.
+
+    With a base gate, `g(x) * FFN_0(x) + (1 - g(x)) * mixture(x)` with `g(x) = sigmoid(W x + b)` per token and
+    dimension: the fusion gate of CLIP-FMoE (ICLR 2026). Expert 0, the base, stays in the mixture, so that g = 0 is the
+    layer without a gate.
+    """
 
     def __init__(self, num_experts: int, top_k: int, hidden_size: int, intermediate_size: int, activation: Callable,
-                 dropout: float):
+                 dropout: float, balance_bias: bool = False, base_gate: bool = False):
         super().__init__()
         self.top_k = top_k
-        self.router = Router(hidden_size, num_experts)
+        self.router = Router(hidden_size, num_experts, balance_bias, base_gate)
         self.experts = Experts(num_experts, hidden_size, intermediate_size, activation, dropout)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,35 +115,23 @@ class SparseMoE(nn.Module):
         # The softmax of the chosen logits is the full softmax renormalised, without the rounding noise of its division:
         # for top-1, whose only weight is 1, that noise would pass for a gradient of the router.
         chosen_logits, chosen = router_logits.topk(self.top_k, dim=-1)
-        return self.experts(tokens, chosen, chosen_logits.softmax(-1)).view_as(hidden_states), router_logits
+        if self.router.balance_bias is not None:
+            chosen_logits = chosen_logits - self.router.balance_bias.float()[chosen]
+        output = self.experts(tokens, chosen, chosen_logits.softmax(-1))
+        if self.router.base_gate is not None:
+            base = self.experts(tokens, torch.zeros_like(chosen[:, :1]), torch.ones_like(chosen_logits[:, :1]))
+            output = output + self.router.base_gate(tokens).sigmoid() * (base - output)
+        return output.view_as(hidden_states), router_logits
 
 
-def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor, expert_of_row: Tensor,
-                    rows_per_expert: Tensor) -> Tensor:
-    """`rows` `[R, in]`, sorted by expert, each through its expert's linear (`weight` `[E, out, in]`) -> `[R, out]`."""
-    if not hasattr(F, "grouped_mm"):
-        return _looped_linear(rows, weight, bias, rows_per_expert)
-    if torch.is_autocast_enabled(rows.device.type):  # unlike F.linear, grouped_mm does not heed autocast
-        dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)
-    if not _grouped_mm_takes(rows, weight):
-        return _looped_linear(rows, weight, bias, rows_per_expert)
-    offsets = rows_per_expert.cumsum(0).to(torch.int32)
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets) + bias[expert_of_row]
-
-
-def _looped_linear(rows: Tensor, weight: Tensor, bias: Tensor, rows_per_expert: Tensor) -> Tensor:
-    parts = rows.split(rows_per_expert.tolist())
-    return torch.cat([F.linear(part, weight[expert], bias[expert]) for expert, part in enumerate(parts)])
-
-
-def _grouped_mm_takes(rows: Tensor, weight: Tensor) -> bool:
-    """Whether torch has the kernel for this device and dtype; it wants rows that start at multiples of 16 bytes."""
-    if rows.device.type == "cuda":
-        supported = rows.dtype is torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
-    else:
-        supported = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return supported and all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
+def _has_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
+    """Whether torch has the kernel for this GPU and dtype; it wants rows that start at multiples of 16 bytes."""
+    if not hasattr(F, "grouped_mm") or rows.device.type != "cuda":
+        return False
+    autocast = torch.is_autocast_enabled(rows.device.type)
+    dtype = torch.get_autocast_dtype(rows.device.type) if autocast else rows.dtype
+    return (dtype is torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+            and all(size * dtype.itemsize % 16 == 0 for size in weight.shape[1:]))
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, token_mask: Tensor | None = None) -> Tensor:

@@ -6,7 +6,9 @@ Every function returns a new model and leaves its arguments alone.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,17 @@ STACKED = {"fc1.weight": "fc1_weight", "fc1.bias": "fc1_bias", "fc2.weight": "fc
 
 
 def upcycle(dense_models: Sequence[CLIPMoEModel], *, num_experts_per_tok: int = 2, vision_first_moe_layer: int = 0,
-            text_first_moe_layer: int = 0, expert_dropout: float = 0.1, seed: int = 0) -> CLIPMoEModel:
+            text_first_moe_layer: int = 0, expert_dropout: float = 0.1, balance_bias: bool = False,
+            base_gate: float | None = None, seed: int = 0) -> CLIPMoEModel:
     """A CLIP-MoE whose expert e of layer l is the feed-forward layer l of dense model e.
 
     Everything outside the MoE layers is taken from the first model (the base). Routers get torch's default Linear
     initialisation, seeded.
+
+    Args:
+        balance_bias: give the routers a balance bias (see `moe.Router`), at zero.
+        base_gate: give the layers a base gate (see `moe.SparseMoE`) with this share, between 0 and 1, for the base in
+            every token and dimension.
 
     Raises:
         ValueError: fewer than two models, a model that is not dense, models of different shapes, or too large a top_k.
@@ -41,25 +49,28 @@ def upcycle(dense_models: Sequence[CLIPMoEModel], *, num_experts_per_tok: int = 
                                if shapes[0].get(name) != shapes[index].get(name))
             raise ValueError(f"model {index} has another architecture than model 0: {differing[0]} is "
                              f"{shapes[index].get(differing[0])} and {shapes[0].get(differing[0])}")
-    config = _moe_config(dense_models[0].config, len(dense_models), num_experts_per_tok, vision_first_moe_layer,
-                         text_first_moe_layer, expert_dropout)
+    config = _moe_config(dense_models[0].config, vision_first_moe_layer, text_first_moe_layer,
+                         num_experts=len(dense_models), num_experts_per_tok=num_experts_per_tok,
+                         expert_dropout=expert_dropout, balance_bias=balance_bias, base_gate=base_gate is not None)
     moe = CLIPMoEModel(config).to(dense_models[0].dtype)
     with torch.no_grad():
         for name, target in moe.state_dict().items():
             if ".mlp.experts." in name:
                 dense_name = _dense_name(name)
                 target.copy_(torch.stack([state[dense_name] for state in states]))
-            elif not name.endswith(".mlp.router.weight"):
+            elif ".mlp.router." not in name:
                 target.copy_(states[0][name])
+        for router in _routers(moe):
+            if router.base_gate is not None:
+                nn.init.zeros_(router.base_gate.weight)
+                nn.init.constant_(router.base_gate.bias, math.log(base_gate / (1 - base_gate)))
     return randomize_routers(moe, seed)
 
 
-def _moe_config(base: CLIPMoEConfig, num_experts: int, top_k: int, vision_first: int, text_first: int,
-                dropout: float) -> CLIPMoEConfig:
+def _moe_config(base: CLIPMoEConfig, vision_first: int, text_first: int, **fields: Any) -> CLIPMoEConfig:
     values = base.to_dict()
     for tower, first in (("vision_config", vision_first), ("text_config", text_first)):
-        values[tower].update(num_experts=num_experts, num_experts_per_tok=top_k, first_moe_layer=first,
-                             expert_dropout=dropout)
+        values[tower].update(fields, first_moe_layer=first)
     return CLIPMoEConfig(**values)
 
 
@@ -77,7 +88,8 @@ def dense_expert(model: CLIPMoEModel, expert: int) -> CLIPMoEModel:
     num_experts = model.config.vision_config.num_experts
     if not 0 <= expert < num_experts:
         raise ValueError(f"there is no expert {expert}: the model has the experts 0..{num_experts - 1}")
-    config = _moe_config(model.config, 1, 1, 0, 0, 0.0)
+    config = _moe_config(model.config, 0, 0, num_experts=1, num_experts_per_tok=1, expert_dropout=0.0,
+                         balance_bias=False, base_gate=False)
     dense = CLIPMoEModel(config).to(model.dtype)
     state = {name: tensor for name, tensor in model.state_dict().items() if ".mlp.router." not in name}
     dense.load_state_dict({
@@ -88,12 +100,16 @@ def dense_expert(model: CLIPMoEModel, expert: int) -> CLIPMoEModel:
 
 
 def uniform_average(model: CLIPMoEModel) -> CLIPMoEModel:
-    """Every expert on every token with equal weight (dense compute): zero routers and top_k = the number of experts."""
+    """Every expert on every token with equal weight (dense compute): zero routers and top_k = the number of experts.
+
+    A base gate or balance bias is left out.
+    """
     values = model.config.to_dict()
     for tower in ("vision_config", "text_config"):
-        values[tower]["num_experts_per_tok"] = values[tower]["num_experts"]
+        values[tower].update(num_experts_per_tok=values[tower]["num_experts"], balance_bias=False, base_gate=False)
     average = CLIPMoEModel(CLIPMoEConfig(**values)).to(model.dtype)
-    average.load_state_dict(model.state_dict())
+    names = average.state_dict().keys()
+    average.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in names})
     for router in _routers(average):
         nn.init.zeros_(router.weight)
     return average.eval()
@@ -117,9 +133,18 @@ def stretch_text_positions(model: CLIPMoEModel, length: int = 248) -> CLIPMoEMod
     77 positions give 248 by a factor of 4: `new[20+4i+j] = ((4-j) old[20+i] + j old[21+i]) / 4`; the last position is
     continued by the last difference, `old[76] + j (old[76]-old[75]) / 4`.
 
+    The features of captions that end within the first 20 positions stay as they were, which holds only for a causal
+    tower that reads a text at its end. SigLIP's attends to all its padding and reads the last position.
+
     Raises:
-        ValueError: `length` is not `20 + factor * (old - 20)` for a whole factor of at least 1.
+        ValueError: the tower is not like that, or `length` is not `20 + factor * (old - 20)` for a whole factor of at
+            least 1.
     """
+    text = model.config.text_config
+    if not text.is_causal or text.pooling == "last":
+        why = "reads its last position" if text.pooling == "last" else "attends to its padding"
+        raise ValueError(f"this text tower {why}, so more positions would change the features of every caption: keep "
+                         f"its {text.max_position_embeddings} positions (text_length: null)")
     old = model.text_model.embeddings.position_embedding.weight.detach()
     kept, rest = 20, len(old) - 20
     if rest < 2 or length < len(old) or (length - kept) % rest:
@@ -143,7 +168,7 @@ def _routers(model: nn.Module) -> Iterator[Router]:
 
 
 def router_parameters(model: CLIPMoEModel | CLIPMoEVisionModel) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of the routers."""
+    """Names and parameters of the routers: their weights and, where they have them, base gates."""
     return _parameters_of(model, Router)
 
 

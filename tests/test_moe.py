@@ -31,13 +31,21 @@ def make_layer(num_experts, top_k, hidden_size=16, intermediate_size=32, dropout
     return layer
 
 
-# 6 and 10 are no multiples of 16 bytes: the grouped kernel refuses them, the loop must take over.
-@pytest.mark.parametrize("hidden_size, intermediate_size", [(16, 32), (6, 10)])
+@pytest.fixture(params=["looped", "grouped"])
+def way(request, monkeypatch):
+    """How experts are computed: `grouped` is the GPU's way, whose kernel torch has for the CPU, too."""
+    if request.param == "grouped":
+        if not hasattr(F, "grouped_mm"):
+            pytest.skip("this torch has no grouped_mm")
+        monkeypatch.setattr(moe, "_has_grouped_mm", lambda rows, weight: True)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("num_experts, top_k", [(4, 2), (3, 1), (2, 2), (8, 3)])
 @pytest.mark.parametrize("idle", [False, True])
-def test_layer_equals_plain_version(num_experts, top_k, hidden_size, intermediate_size, idle):
-    layer = make_layer(num_experts, top_k, hidden_size, intermediate_size)
-    inputs = torch.randn(3, 7, hidden_size)
+def test_layer_equals_plain_version(num_experts, top_k, idle):
+    layer = make_layer(num_experts, top_k)
+    inputs = torch.randn(3, 7, 16)
     if idle and num_experts > top_k:  # expert 0 is never chosen
         inputs = inputs.abs()
         with torch.no_grad():
@@ -54,6 +62,7 @@ def test_layer_equals_plain_version(num_experts, top_k, hidden_size, intermediat
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("way")
 def test_frozen_experts_get_no_gradient_and_routers_do():
     layer = make_layer(4, 2)
     layer.experts.requires_grad_(False)
@@ -61,6 +70,20 @@ def test_frozen_experts_get_no_gradient_and_routers_do():
     output.square().sum().backward()
     assert layer.router.weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in layer.experts.parameters())
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_both_ways_agree_under_autocast(monkeypatch):
+    layer, results = make_layer(4, 2), []
+    inputs = torch.randn(3, 7, 16)
+    for grouped in (False, True):
+        monkeypatch.setattr(moe, "_has_grouped_mm", lambda rows, weight, grouped=grouped: grouped)
+        with torch.autocast("cpu", torch.bfloat16):
+            output, _ = layer(inputs)
+        assert output.dtype is torch.bfloat16
+        results.append((output, *torch.autograd.grad(output, layer.parameters(), torch.ones_like(output))))
+    for looped, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(looped, grouped, rtol=0.05, atol=0.05)
 
 
 def test_expert_dropout_only_in_training_mode():

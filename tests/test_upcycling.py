@@ -100,6 +100,41 @@ def test_stretch_follows_long_clip(tiny_config):
         upcycling.stretch_text_positions(model, 250)
 
 
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"pooling": "last"}, "reads its last position"), ({"is_causal": False}, "attends to its padding"),
+])
+def test_a_text_tower_that_looks_at_padding_is_not_stretched(tiny_config, changes, reason):
+    values = tiny_config()
+    values["text_config"] |= {"max_position_embeddings": 64, **changes}
+    with pytest.raises(ValueError, match=f"{reason}.*keep its 64 positions"):
+        upcycling.stretch_text_positions(CLIPMoEModel(CLIPMoEConfig(**values)), 240)
+
+
+@pytest.mark.parametrize(("tower", "changes", "message"), [
+    ("vision", {"class_token": False}, "pooling 'cls' needs a class token"),
+    ("vision", {"pooling": "mean"}, "pooling 'mean' must be one of cls, avg, map, attention"),
+    ("vision", {"projection": "none"}, "pooled feature of 32 channels must have projection_dim .16."),
+    ("text", {"pooling": "cls"}, "pooling 'cls' must be one of eos, argmax, first, last"),
+    ("text", {"projection": "conv"}, "projection 'conv' must be one of linear, mlp, none"),
+])
+def test_configurations_that_make_no_sense_are_refused(tiny_config, tower, changes, message):
+    values = tiny_config()
+    values[f"{tower}_config"] |= changes
+    with pytest.raises(ValueError, match=message):
+        CLIPMoEConfig(**values)
+
+
+def test_where_a_text_is_read_and_which_tokens_are_its_own(tiny_config):
+    ids = torch.tensor([[118, 5, 119, 0, 0], [118, 7, 8, 9, 119]])
+    ends, own = [2, 4], [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    for pooling, position in (("eos", ends), ("argmax", ends), ("first", [0, 0]), ("last", [4, 4])):
+        values = tiny_config()
+        values["text_config"]["pooling"] = pooling
+        tower = CLIPMoEModel(CLIPMoEConfig(**values)).text_model
+        assert tower.pooled_position(ids).tolist() == position
+        assert tower.token_mask(ids).int().tolist() == own
+
+
 def test_save_and_load_whole_and_vision_part(dense_models, inputs, tmp_path):
     moe = upcycling.upcycle(dense_models).eval()
     moe.save_pretrained(tmp_path / "clip-moe")
