@@ -1,156 +1,29 @@
-"""Pictures with captions: from a captions file or from webdataset tar shards, read sample by sample in any order.
-
-Batches of one cluster need random access, which a stream of shards does not give. So the source is read once into an
-index (one JSON line per sample, memory-mapped): a picture is a path, or [shard, offset, size] inside a plain tar file;
-so is a caption inside a shard. The index also pins the sample numbers that clusters and checkpoints refer to.
-"""
+"""Indexed samples as tensors: pictures and captions by number, opened and prepared inside the loader's workers."""
 
 from __future__ import annotations
 
-import csv
-import glob
 import io
 import json
 import re
-import tarfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from braceexpand import braceexpand
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from transformers import AutoImageProcessor, AutoTokenizer
 
-from clipmoe_vlm.runs import UserError, atomic_write, read_jsonl, write_json
+from clipmoe_vlm import CLIPMoEConfig
+from clipmoe_vlm.runs import UserError, leave_sigterm_to_parent
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
-
-
-# --- sources -------------------------------------------------------------------------------------------------------
-
-
-def read_captions(file: Path, image_column: str, caption_column: str, image_root: str | None) -> Iterator[dict]:
-    """Rows of a captions file as {"id", "image", "caption"}; a list of captions makes one row each.
-
-    CSV and TSV need a header line; a tab in it makes the file tab-separated whatever its ending (open_clip writes
-    such .csv files). A JSON file holds a list of objects. A caption column that holds a LLaVA conversation gives its
-    first answer (ShareGPT4V's layout).
-
-    Raises:
-        UserError: no file, no such column (names the columns found), nothing in it.
-    """
-    if not file.is_file():
-        raise UserError(f"{file}: no such captions file")
-    if file.suffix == ".jsonl":
-        rows = read_jsonl(file)
-    elif file.suffix == ".json":
-        try:
-            rows = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}: not valid JSON ({error}); JSON lines are named .jsonl") from error
-    elif file.suffix in (".csv", ".tsv"):
-        with open(file, encoding="utf-8", newline="") as stream:
-            header = stream.readline()
-            stream.seek(0)
-            rows = list(csv.DictReader(stream, delimiter="\t" if "\t" in header or file.suffix == ".tsv" else ","))
-    else:
-        raise UserError(f"{file}: a captions file ends in .csv, .tsv, .jsonl or .json")
-    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
-        raise UserError(f"{file} holds no samples; it needs the columns '{image_column}' and '{caption_column}'")
-    root = Path(image_root) if image_root else file.parent
-    for number, row in enumerate(rows):
-        for key, column in (("image_column", image_column), ("caption_column", caption_column)):
-            if row.get(column) is None:
-                raise UserError(f"{file}, sample {number + 1}: there is no column '{column}' (found: "
-                                f"{', '.join(str(c) for c in row if c is not None)}); set {key}")
-        captions = row[caption_column]
-        if isinstance(captions, list) and captions and isinstance(captions[0], dict):
-            captions = [turn["value"] for turn in captions if turn.get("from") == "gpt"][:1]
-        for caption in captions if isinstance(captions, list) else [captions]:
-            yield {"id": str(row.get("id", row[image_column])), "image": str(root / row[image_column]),
-                   "caption": str(caption)}
-
-
-def read_shards(shards: list[str], caption_column: str) -> Iterator[dict]:
-    """Samples of webdataset shards, by reading the tar headers only.
-
-    Members with one name up to the first dot are one sample: a picture, and its caption in `.txt`, or else in the
-    field `caption_column` of `.json`.
-
-    Raises:
-        UserError: a shard is missing, compressed or torn; members that are no such samples.
-    """
-    for shard in shards:
-        parts: dict[str, dict] = {}
-        try:
-            with tarfile.open(shard, "r:") as archive:
-                for member in archive:
-                    folder, _, name = member.name.rpartition("/")
-                    key, _, ending = name.partition(".")
-                    if member.isfile():
-                        parts.setdefault(f"{folder}/{key}" if folder else key, {})[ending.lower()] = [
-                            shard, member.offset_data, member.size]
-        except FileNotFoundError:
-            raise UserError(f"{shard}: no such shard") from None
-        except tarfile.TarError as error:
-            raise UserError(f"{shard} is no plain tar file ({error}); unpack or repair it") from error
-        whole = 0
-        for key, members in parts.items():
-            picture = next((members[ending] for ending in PICTURES if ending in members), None)
-            caption = members.get("txt") or members.get("json")
-            if picture and caption:
-                whole += 1
-                yield {"id": f"{Path(shard).stem}/{key}", "image": picture,
-                       "caption": [*caption, None if "txt" in members else caption_column]}
-        if not whole:
-            endings = sorted({ending for members in parts.values() for ending in members})
-            raise UserError(f"{shard}: no sample with a picture and a .txt or .json caption (endings found: "
-                            f"{', '.join(endings) or 'none'})")
-
-
-def build_index(source: str, index: Path, image_column: str, caption_column: str, image_root: str | None) -> int:
-    """Reads `source` into `index` (.jsonl, with the line starts in .npy) unless it is there; returns its samples.
-
-    Raises:
-        UserError: the source is wrong, or changed since the index was made (sample numbers would no longer hold).
-    """
-    shards = sorted(glob.glob(f"{glob.escape(source)}/*.tar")) if Path(source).is_dir() else [
-        file for pattern in braceexpand(source) for file in sorted(glob.glob(pattern)) or [pattern]]
-    if Path(source).is_dir() and not shards:
-        raise UserError(f"{source}: a folder of webdataset shards needs .tar files; for a folder of pictures name its "
-                        "captions file")
-    if not all(Path(file).is_file() for file in shards):
-        raise UserError(f"{next(f for f in shards if not Path(f).is_file())}: no such file (train_data or its like)")
-    state = [[file, Path(file).stat().st_size] for file in shards]
-    stamp = index.with_suffix(".source.json")
-    if stamp.is_file():
-        if json.loads(stamp.read_text()) != state:
-            raise UserError(f"{source} changed since {index.parent.parent} was begun (files or their sizes); use "
-                            "another output_dir for the new data")
-        return len(np.load(index.with_suffix(".npy"), mmap_mode="r")) - 1
-    tar = [file.endswith(".tar") for file in shards]
-    if any(tar) and not all(tar) or not any(tar) and len(shards) > 1:
-        raise UserError(f"{source}: give one captions file, or tar shards only")
-    rows = read_shards(shards, caption_column) if any(tar) else read_captions(
-        Path(source), image_column, caption_column, image_root)
-    starts = [0]
-    with atomic_write(index, "wb") as stream:
-        for row in rows:
-            starts.append(starts[-1] + stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n"))
-    with atomic_write(index.with_suffix(".npy"), "wb") as stream:
-        np.save(stream, np.array(starts, np.int64))
-    write_json(stamp, state)
-    return len(starts) - 1
-
-
-# --- samples -------------------------------------------------------------------------------------------------------
-
-
-def _read_member(shard: str, offset: int, size: int) -> bytes:
-    with open(shard, "rb") as stream:
-        stream.seek(offset)
-        return stream.read(size)
+# A picture beyond these is refused by its header alone, before it is decoded.
+MAX_PIXELS = 178_956_970  # 537 MB as RGB; where PIL, too, takes a file for a decompression bomb
+MAX_SIDES_RATIO = 100  # resizing makes the short side as long as the model's: a line of 20,000 x 1 would be gigabytes
+CHARACTERS_PER_TOKEN = 64  # more text than the longest caption can use is not tokenized at all
 
 
 class Samples:
@@ -164,38 +37,64 @@ class Samples:
         return len(self.starts) - 1
 
     def record(self, number: int) -> dict:
+        """{"id", "image": path or [file, offset, size], "caption"}, and "short" where there are short captions."""
         return json.loads(bytes(self.lines[self.starts[number]:self.starts[number + 1]]))
 
     def picture(self, number: int) -> Image.Image | str:
-        """The RGB picture, or a sentence that says why it cannot be read (a skip, so never an exception)."""
+        """As `open_picture`."""
         row = self.record(number)
         return open_picture(row["image"], row["id"])
 
-    def caption(self, number: int) -> str | None:
-        """The caption; None where a shard's JSON has no such field."""
-        caption = self.record(number)["caption"]
-        if isinstance(caption, str):
-            return caption
-        text, field = _read_member(*caption[:3]).decode("utf-8", "replace"), caption[3]
-        if field is None:
-            return text.strip()
-        try:
-            return json.loads(text)[field]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            return None
+    def caption(self, number: int) -> str:
+        return self.record(number)["caption"]
 
 
-def open_picture(where: str | list, name: str) -> Image.Image | str:
-    """RGB picture from a path or [shard, offset, size]; or a sentence saying why it is unreadable."""
+def read_part(file: str, offset: int, size: int) -> bytes:
+    """Bytes of a shard.
+
+    Raises:
+        UserError: the shard is gone, or shorter than when it was indexed.
+    """
+    problem = "it became shorter"
     try:
-        with Image.open(where if isinstance(where, str) else io.BytesIO(_read_member(*where[:3]))) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, on bad files
+        with open(file, "rb") as stream:
+            stream.seek(offset)
+            data = stream.read(size)
+        if len(data) == size:
+            return data
+    except OSError as error:
+        problem = error.strerror
+    raise UserError(f"{file} can no longer be read ({problem}); bring it back and run the same command again: finished "
+                    "work is intact and the run resumes from its last checkpoint")
+
+
+def open_picture(where: str | bytes | list, name: str) -> Image.Image | str:
+    """RGB picture from a path, a file's content or [file, offset, size]; or a sentence saying why not (a skip).
+
+    As in CLIP's own training: the first frame of an animation, transparency left out (the colours below it show), EXIF
+    rotation not applied. Grey of 16 bits is scaled to 8 (PIL would cut it off).
+
+    Raises:
+        UserError: the whole shard is gone.
+    """
+    if isinstance(where, list):
+        where = read_part(*where)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, on odd but readable files: they would flood the log
+            with Image.open(where if isinstance(where, str) else io.BytesIO(where)) as picture:  # reads the header
+                width, height = picture.size
+                if width * height > MAX_PIXELS or max(width, height) > MAX_SIDES_RATIO * min(width, height):
+                    return f"sample {name}: refused picture ({width} x {height} pixels)"
+                if picture.mode.startswith("I;16"):
+                    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+                return picture.convert("RGB")
+    except Exception as error:  # PIL's decoders raise whatever comes on broken files
         return f"sample {name}: unreadable picture ({re.sub(' object at 0x[0-9a-f]+', '', str(error))})"
 
 
 class Pairs(Dataset):
-    """Item n -> (n, picture or error sentence, caption)."""
+    """Item n -> (n, picture or error sentence, caption, short caption or None)."""
 
     def __init__(self, samples: Samples):
         self.samples = samples
@@ -203,46 +102,109 @@ class Pairs(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, number: int) -> tuple[int, Image.Image | str, str]:
-        picture, caption = self.samples.picture(number), self.samples.caption(number)
-        if caption is None:
-            picture = f"sample {self.samples.record(number)['id']}: its JSON has no such caption field"
-        return int(number), picture, caption or ""
+    def __getitem__(self, number: int) -> tuple[int, Image.Image | str, str, str | None]:
+        row = self.samples.record(number)
+        return int(number), open_picture(row["image"], row["id"]), row["caption"], row.get("short")
+
+
+def picture_transform(processor) -> Callable[[Image.Image], torch.Tensor]:
+    """RGB picture -> [3, H, W] as the processor says.
+
+    What CLIP does (shortest side, centre crop) and SigLIP (both sides) goes through torchvision on PIL's pictures, as
+    in the code of OpenAI and open_clip: transformers cuts an odd margin on the other side, so that a picture in four
+    would get other pixels.
+    """
+    size, crop = processor.size, processor.crop_size if getattr(processor, "do_center_crop", None) else None
+    if not crop and size.get("height"):
+        side = (size["height"], size["width"])
+    elif crop and size.get("shortest_edge"):
+        side = size["shortest_edge"]
+    else:
+        return lambda picture: processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    interpolation = transforms.InterpolationMode(Image.Resampling(processor.resample).name.lower())
+    return transforms.Compose([
+        transforms.Resize(side, interpolation),
+        *([transforms.CenterCrop((crop["height"], crop["width"]))] if crop else []), transforms.ToTensor(),
+        transforms.Normalize(processor.image_mean, processor.image_std)])
 
 
 class Collate:
     """Makes tensors of pictures and captions with the base's own processors; runs inside the workers.
 
-    A picture given as a sentence (why it is unreadable) and a caption given as None become rows that are not valid.
+    A picture given as a sentence (why it is unreadable) becomes a row that is not valid.
     """
 
     def __init__(self, image_processor, tokenizer, text_length: int, image_size: int):
         self.image_processor, self.tokenizer = image_processor, tokenizer
+        self.transform = picture_transform(image_processor)
         self.text_length, self.image_size = text_length, image_size
 
-    def __call__(self, items: list[tuple[int, Image.Image | str, str]]) -> dict:
-        """Items of `Pairs` -> `pixel_values` [b, 3, H, W], `input_ids` [b, T], `valid` [b], `errors` (sentences)."""
-        pixels, valid, errors = self.pictures([picture for _, picture, _ in items])
-        ids, _, _ = self.captions([caption for _, _, caption in items])
-        return {"pixel_values": pixels, "input_ids": ids, "valid": valid, "errors": errors}
+    def __call__(self, items: list[tuple[int, Image.Image | str, str, str | None]]) -> dict:
+        """Items of `Pairs` -> `pixel_values` [b, 3, H, W], `input_ids` [b, T], `valid` [b], `errors` (sentences), and
+        `short_input_ids` [b, T] where there are short captions."""
+        _, pictures, captions, short = zip(*items, strict=True)
+        pixels, valid, errors = self.pictures(pictures)
+        batch = {"pixel_values": pixels, "input_ids": self.captions(captions)[0], "valid": valid, "errors": errors}
+        if short[0] is not None:
+            batch["short_input_ids"] = self.captions(short)[0]
+        return batch
 
-    def pictures(self, pictures: list[Image.Image | str]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    def pictures(self, pictures: Sequence[Image.Image | str]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         """-> pixels [b, 3, H, W] (zeros where unreadable), valid [b], errors."""
         pixels = torch.zeros(len(pictures), 3, self.image_size, self.image_size)
         valid = torch.tensor([not isinstance(picture, str) for picture in pictures])
         if valid.any():
-            good = [picture for picture in pictures if not isinstance(picture, str)]
-            pixels[valid] = self.image_processor(images=good, return_tensors="pt")["pixel_values"]
+            pixels[valid] = torch.stack([self.transform(picture) for picture in pictures
+                                         if not isinstance(picture, str)])
         return pixels, valid, [picture for picture in pictures if isinstance(picture, str)]
 
-    def captions(self, captions: list[str | None]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-        """-> ids [b, T], padded to the tower's length (as the public code does; its balance loss counts padding)."""
-        ids = self.tokenizer([caption or "" for caption in captions], padding="max_length", truncation=True,
+    def captions(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        """-> ids [b, T], padded to the tower's length (as the public code does; its balance loss counts padding), and
+        valid and errors as of `pictures`: a caption always is."""
+        longest = CHARACTERS_PER_TOKEN * self.text_length
+        ids = self.tokenizer([caption[:longest] for caption in captions], padding="max_length", truncation=True,
                              max_length=self.text_length, return_tensors="pt")["input_ids"]
-        return ids, torch.tensor([caption is not None for caption in captions]), []
+        return ids, torch.ones(len(captions), dtype=torch.bool), []
 
 
-def loader(dataset: Dataset, collate, batches: np.ndarray | list[list[int]], workers: int) -> DataLoader:
-    """A DataLoader over the given batches of sample numbers, in that order."""
-    return DataLoader(dataset, batch_sampler=[list(map(int, batch)) for batch in batches], collate_fn=collate,
-                      num_workers=workers, pin_memory=torch.cuda.is_available())
+def load_collate(folder: str | Path) -> Collate:
+    """With the processors of a CLIP-MoE folder."""
+    config = CLIPMoEConfig.from_pretrained(folder)
+    # PIL's resizing is what CLIP was trained with; torchvision's differs in the last bits.
+    return Collate(AutoImageProcessor.from_pretrained(folder, backend="pil"), AutoTokenizer.from_pretrained(folder),
+                   config.text_config.max_position_embeddings, config.vision_config.image_size)
+
+
+class _Batches(Dataset):
+    """Item n -> the n-th batch. A UserError is an item, too: as an exception it would leave a worker as a traceback."""
+
+    def __init__(self, dataset: Dataset, collate: Callable[[list], Any], batches: Sequence[Sequence[int]]):
+        self.dataset, self.collate, self.batches = dataset, collate, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.collate([self.dataset[int(item)] for item in self.batches[number]])
+        except UserError as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def loader(dataset: Dataset, collate: Callable[[list], Any], batches: Sequence[Sequence[int]],
+           workers: int) -> Iterator[Any]:
+    """The given batches of sample numbers, collated, in that order whatever the number of workers.
+
+    Raises:
+        UserError: one that a worker met, in this process.
+    """
+    for batch in DataLoader(_Batches(dataset, collate, batches), batch_size=None, collate_fn=_as_it_is,
+                            num_workers=workers, pin_memory=torch.cuda.is_available(),
+                            worker_init_fn=leave_sigterm_to_parent):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
