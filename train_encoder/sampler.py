@@ -22,15 +22,15 @@ def cluster_batches(labels: np.ndarray, batch_size: int, *, seed: int, epoch: in
         [steps, batch_size] sample indices, no sample twice.
     """
     random = np.random.default_rng([seed, epoch])
-    clusters = []
-    for label in np.unique(labels[labels >= 0]):
-        members = random.permutation(np.flatnonzero(labels == label))
-        steps = len(members) // batch_size
-        clusters.append(members[: steps * batch_size].reshape(steps, batch_size))
-    turns = [clusters[c] for c in random.permutation(len(clusters))]
-    longest = max((len(cluster) for cluster in turns), default=0)
-    batches = [cluster[turn] for turn in range(longest) for cluster in turns if turn < len(cluster)]
-    return np.array(batches, dtype=np.int64).reshape(-1, batch_size)
+    members = np.argsort(labels, kind="stable")[np.count_nonzero(labels < 0):]
+    _, starts = np.unique(labels[members], return_index=True)
+    clusters = [random.permutation(cluster) for cluster in np.split(members, starts[1:])]
+    steps = np.array([len(cluster) // batch_size for cluster in clusters])
+    batches = np.concatenate([cluster[: count * batch_size].reshape(count, batch_size)
+                              for cluster, count in zip(clusters, steps, strict=True)])
+    place = np.argsort(random.permutation(len(clusters)))  # of each cluster, in every round
+    turn = np.concatenate([np.arange(count) for count in steps])
+    return batches[np.lexsort((np.repeat(place, steps), turn))]
 
 
 def rank_slice(batches: np.ndarray, rank: int, world_size: int) -> np.ndarray:
@@ -39,34 +39,33 @@ def rank_slice(batches: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     return batches[:, rank * share:(rank + 1) * share]
 
 
-def merge_small(labels: np.ndarray, centres: dict[int, np.ndarray], parents: dict[int, int],
-                batch_size: int) -> np.ndarray:
+def merge_small(labels: np.ndarray, centres: np.ndarray, parents: np.ndarray, batch_size: int) -> np.ndarray:
     """Joins each cluster smaller than a batch with its nearest sibling, smallest first, while it has one.
 
     Args:
         labels: [N] accumulated clusters; negative: left alone.
-        centres: mean feature of each cluster.
-        parents: the cluster that each came from at the stage before; siblings share it.
+        centres: [C, D] mean feature of each of the C clusters, in ascending order of their labels.
+        parents: [C] the cluster that each came from at the stage before; siblings share it.
 
     Returns:
         [N] labels for batching. (The accumulated labels themselves stay as they are: the next stage builds on them.)
     """
+    drawn = labels >= 0
+    values, cluster, sizes = np.unique(labels[drawn], return_inverse=True, return_counts=True)
+    centres, sizes = centres.copy(), sizes.copy()
+    joined = np.arange(len(values))  # the cluster that now holds each
+    order = np.argsort(parents, kind="stable")
+    for family in np.split(order, np.unique(parents[order], return_index=True)[1][1:]):
+        while len(family) > 1 and sizes[smallest := family[np.argmin(sizes[family])]] < batch_size:
+            family = family[family != smallest]
+            nearest = family[np.argmin(np.linalg.norm(centres[family] - centres[smallest], axis=1))]
+            pair = [smallest, nearest]
+            centres[nearest] = np.average(centres[pair], axis=0, weights=sizes[pair])
+            sizes[nearest] += sizes[smallest]
+            joined[joined == smallest] = nearest
     merged = labels.copy()
-    values, counts = np.unique(labels[labels >= 0], return_counts=True)
-    sizes = {int(v): int(c) for v, c in zip(values, counts, strict=True)}
-    centres = dict(centres)
-    while True:
-        small = [c for c in sizes if sizes[c] < batch_size and any(parents[o] == parents[c] for o in sizes if o != c)]
-        if not small:
-            return merged
-        cluster = min(small, key=lambda c: (sizes[c], c))
-        siblings = [o for o in sizes if o != cluster and parents[o] == parents[cluster]]
-        target = min(siblings, key=lambda o: (float(np.linalg.norm(centres[o] - centres[cluster])), o))
-        total = sizes[cluster] + sizes[target]
-        centres[target] = (centres[cluster] * sizes[cluster] + centres[target] * sizes[target]) / total
-        sizes[target] = total
-        del sizes[cluster]
-        merged[merged == cluster] = target
+    merged[drawn] = values[joined][cluster]
+    return merged
 
 
 def batch_report(labels: np.ndarray, batch_size: int) -> dict:
