@@ -10,12 +10,17 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import glob
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +47,14 @@ def run_program(program: Callable[[Config], None], config_class: type[Config], u
             raise
         fail(f"the disk is full ({getattr(error, 'filename', None) or error}); free some space and run the same "
              "command again: finished work is intact and the run resumes from its last checkpoint")
+    except RuntimeError as error:
+        if _sigterm["asked"]:  # the other processes, or a data worker just started, obeyed it first
+            _end_by_sigterm()
+        # Another process has ended, and its own message says why: no traceback beside it.
+        if "RANK" not in os.environ or not re.search("by peer|Broken pipe", str(error)):
+            raise
+        print(f"process {os.environ['RANK']} ends: another process of the run has ended", file=sys.stderr, flush=True)
+        os._exit(2)
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -51,6 +64,9 @@ def is_disk_full(error: Exception) -> bool:
 
 def fail(message: str) -> None:
     """Prints one line to stderr and ends the process with exit code 2; at once, since other ranks may be waiting."""
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()  # or the sentence would stand behind it
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -170,6 +186,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
     """Opens a file that appears under its name only when it is whole, on the disk, and closed without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):  # of a killed run
+        leftover.unlink(missing_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as stream:
@@ -220,12 +238,17 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """Reads JSON lines.
+    """Reads JSON lines; raises as `iterate_jsonl`."""
+    return list(iterate_jsonl(path))
+
+
+def iterate_jsonl(path: str | Path) -> Iterator[dict]:
+    """Reads JSON lines one by one.
 
     Raises:
         UserError: the file is missing, or a line is not a JSON object (names file and line).
     """
-    rows, number = [], 0
+    number = 0
     try:
         with open(path, encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):  # noqa: B007
@@ -233,12 +256,11 @@ def read_jsonl(path: str | Path) -> list[dict]:
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise UserError(f"{path}, line {number}: expected a JSON object, found {line.strip()[:60]!r}")
-                    rows.append(row)
+                    yield row
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}, line {max(number, 1)}: not valid JSON ({error})") from error
-    return rows
 
 
 class Metrics:
@@ -282,16 +304,91 @@ def save_checkpoint(file: str | Path, trainable: dict[str, torch.nn.Parameter], 
 
 def load_checkpoint(file: str | Path, trainable: dict[str, torch.nn.Parameter],
                     optimizer: torch.optim.AdamW) -> dict[str, str] | None:
-    """Fills weights and optimizer state from `file` and returns its `state`; None if there is no such file."""
+    """Fills weights and optimizer state from `file` and returns its `state`; None if there is no such file.
+
+    Raises:
+        UserError: the file cannot be read, or holds other parameters than `trainable`.
+    """
     if not Path(file).is_file():
         return None
-    with safetensors.safe_open(file, "pt") as tensors, torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(tensors.get_tensor(f"weight.{name}"))
-            optimizer.state[parameter] = {
-                "step": tensors.get_tensor(f"step.{name}"),  # AdamW wants its counter on the CPU
-                **{key: tensors.get_tensor(f"{key}.{name}").to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}}
-        return tensors.metadata()
+    try:
+        with safetensors.safe_open(file, "pt") as tensors, torch.no_grad():
+            theirs = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()
+                      if name.startswith("weight.")}
+            ours = {f"weight.{name}": list(parameter.shape) for name, parameter in trainable.items()}
+            wrong = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+            if wrong:
+                raise UserError(f"{file} is a checkpoint of another model or configuration ({len(wrong)} differences; "
+                                f"the first: {wrong[0]} has shape {theirs.get(wrong[0])} there and "
+                                f"{ours.get(wrong[0])} here); remove it to start this stage anew")
+            for name, parameter in trainable.items():
+                parameter.copy_(tensors.get_tensor(f"weight.{name}"))
+                optimizer.state[parameter] = {
+                    "step": tensors.get_tensor(f"step.{name}"),  # AdamW wants its counter on the CPU
+                    **{key: tensors.get_tensor(f"{key}.{name}").to(parameter.device)
+                       for key in ("exp_avg", "exp_avg_sq")}}
+            return tensors.metadata()
+    except SafetensorError as error:
+        raise UserError(f"{file} cannot be read ({error}); remove it to start this stage anew") from error
+
+
+# --- SIGTERM ---------------------------------------------------------------------------------------------------------
+
+_sigterm = {"asked": False, "waits": False}
+
+
+def end_on_sigterm() -> None:
+    """From now on SIGTERM (from Slurm, a launcher or `kill`) ends this process with exit code 0 and one line.
+
+    It does so at once, or where a block under `sigterm_waits` says so. Files are atomic, so nothing needs to be tidied.
+    """
+
+    def ask(*_: Any) -> None:
+        _sigterm["asked"] = True
+        if not _sigterm["waits"]:
+            _end_by_sigterm()
+
+    signal.signal(signal.SIGTERM, ask)
+
+
+@contextlib.contextmanager
+def sigterm_waits() -> Iterator[None]:
+    """Within the block SIGTERM waits for the block's end; the block can look at `sigterm_asked` and end earlier."""
+    _sigterm["waits"] = True
+    try:
+        yield
+    finally:
+        _sigterm["waits"] = False
+    if _sigterm["asked"]:
+        _end_by_sigterm()
+
+
+def sigterm_asked() -> bool:
+    return _sigterm["asked"]
+
+
+def _end_by_sigterm() -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        with contextlib.suppress(OSError):  # not `print`, which a signal may have interrupted
+            os.write(1, b"stopped by SIGTERM; the same command goes on from here\n")
+    os._exit(0)
+
+
+def leave_sigterm_to_parent(_worker: int) -> None:
+    """For DataLoader workers (`worker_init_fn`): they end by SIGTERM only when it comes from their own process.
+
+    Slurm and torchrun send it to the workers, too, and a run whose workers are gone cannot finish its step.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+
+    def watch() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # --- processes and progress ----------------------------------------------------------------------------------------
@@ -348,6 +445,11 @@ def _leave_processes() -> None:
     """A group that outlives the interpreter sometimes aborts the process: gloo's threads are still running."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def stage_seed(*parts: object) -> int:
+    """A seed that depends on all of `parts` (names and numbers), the same in every process."""
+    return zlib.crc32(" ".join(map(str, parts)).encode())
 
 
 def set_seed(seed: int) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import webdataset
-from encoder_data import ROOT, command, environment, make_world, run, save_scenes, tiny_config
+from encoder_data import make_world, run, save_scenes, tiny_config
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -21,6 +18,7 @@ from clipmoe_vlm import CLIPMoEModel
 from clipmoe_vlm.runs import UserError, load_config, read_jsonl
 from clipmoe_vlm.upcycling import upcycle
 from train_encoder.config import EncoderConfig
+from train_encoder.features import Features
 from train_encoder.run import main
 
 
@@ -76,8 +74,8 @@ def test_dmu_stages_cluster_and_accumulate(dmu):
         sizes = np.unique(labels, return_counts=True)[1]
         assert counts["sizes"] == sizes.tolist() and counts["num_clusters"] == len(sizes)
         assert counts["used_samples"] == (sizes // 8 * 8).sum() == 64 - counts["dropped_samples"]
-        features = np.load(dmu / f"stage_{stage}" / "features" / "image.npy", mmap_mode="r")
-        np.testing.assert_allclose(np.linalg.norm(features, axis=1), np.ones(64), rtol=1e-5)
+        features = Features([dmu / f"stage_{stage}" / "features" / "image"])[np.arange(64)]
+        np.testing.assert_allclose(np.linalg.norm(features, axis=1), np.ones(64), rtol=1e-3)  # half floats
     # Stage 2 saw the pictures through expert 1.
     model = CLIPMoEModel.from_pretrained(dmu / "stage_1" / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(dmu / "base")
@@ -85,7 +83,8 @@ def test_dmu_stages_cluster_and_accumulate(dmu):
     ids = tokenizer(captions, padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = torch.nn.functional.normalize(model.get_text_features(ids), dim=-1)
-    np.testing.assert_allclose(np.load(dmu / "stage_2" / "features" / "text.npy"), expected, atol=1e-5)
+    found = Features([dmu / "stage_2" / "features" / "text"])[np.arange(64)]
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_dmu_writes_what_others_read(dmu):
@@ -118,9 +117,9 @@ def test_dmu_writes_what_others_read(dmu):
             expected += 0.01 * (row["image_balance"] + row["text_balance"] / 2)
         assert row["loss"] == pytest.approx(expected, rel=1e-5)
     summary = (dmu / "summary.md").read_text()
-    for word in ("| expert_2 |", "| stage_2 |", "scores.png", "clusters.png", "loss.png"):
+    for word in ("| expert_2 |", "| stage_2 |", "scores.png", "stage_2/stage.png", "routing.png"):
         assert word in summary
-    for picture in ("scores.png", "clusters.png", "loss.png"):
+    for picture in ("scores.png", "stage_2/stage.png", "routing.png"):
         assert (dmu / picture).stat().st_size > 1000
 
 
@@ -140,31 +139,6 @@ def test_a_finished_run_is_not_run_again_and_not_mixed_with_another(dmu, world, 
     assert "updates of" not in printed and "[final]" not in printed and "done: the model is in" in printed
     with pytest.raises(UserError, match=r"mcl\.learning_rate was 0\.001 and is now 0\.5"):
         run_here(world / "dmu.yaml", "mcl.learning_rate=0.5")
-
-
-def test_killed_in_every_stage_it_ends_like_an_unbroken_run(world):
-    values = {"num_experts": 2, "checkpoint_every": 4, "mcl": {"max_steps": 60}, "router": {"max_steps": 60}}
-    broken, whole = world / "broken", world / "whole"
-    config = tiny_config(world, broken, **values)
-    for stage in ("stage_1", "router"):
-        process = subprocess.Popen(command(config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 300
-        while not (broken / stage / "checkpoint.safetensors").is_file() and time.monotonic() < end:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert (broken / stage / "checkpoint.safetensors").is_file() and not (broken / stage / "done.json").exists()
-    result = run(config)
-    assert result.returncode == 0, result.stderr
-    assert "router: 60 updates" in result.stdout and "resuming after update" in result.stdout
-    assert "mcl_1: 60 updates" not in result.stdout
-    run_here(tiny_config(world, whole, **values))
-    for name in ("stage_1/model", "model"):
-        assert not changed(weights(broken / name), weights(whole / name))
-    steps = [[(row["stage"], row["step"], row["loss"]) for row in read_jsonl(folder / "metrics.jsonl")]
-             for folder in (broken, whole)]
-    assert steps[0] == steps[1] and len(steps[0]) == 120
 
 
 @pytest.mark.parametrize("method", ["direct", "sparse_upcycling", "mcl_random_batches", "without_mcl"])
@@ -202,8 +176,8 @@ def test_baselines_spend_the_same_budget(world, method):
 
 def test_a_stage_may_go_on_from_the_previous_one_with_merged_clusters(world):
     output = world / "previous"
-    run_here(tiny_config(world, output, init_from="previous", small_clusters="merge", mcl={"max_steps": 2},
-                         router={"max_steps": 1}, validation_data=None))
+    run_here(tiny_config(world, output, init_from="previous", small_clusters="merge", num_clusters=3,
+                         mcl={"max_steps": 2}, router={"max_steps": 1}, validation_data=None))
     counts = json.loads((output / "stage_2" / "clusters.json").read_text())
     assert len(np.unique(np.load(output / "stage_2" / "labels.npy"))) > counts["num_clusters"] > 1
     # AdamW moves a weight by about the learning rate (1e-3) at each update, so two stages of two can pass 2e-3.
@@ -217,6 +191,19 @@ def test_epochs_start_over_until_max_steps(world):
     run_here(tiny_config(world, output, method="direct", num_experts=2, mcl={"max_steps": None, "epochs": 2},
                          router={"max_steps": 3}, validation_data=None))
     assert [row["epoch"] for row in read_jsonl(output / "metrics.jsonl")] == [0] * 8 + [1] * 8 + [2] * 3
+
+
+def test_settings_that_save_memory_change_no_loss(world, tmp_path):
+    """And may be set on the way: a run that is out of memory must not begin anew."""
+    values = {"num_experts": 2, "short_captions": "first_sentence", "validation_data": None, "hard_captions": None,
+              "router": {"expert_dropout": 0.0}}
+    run_here(tiny_config(world, tmp_path / "plain", **values))
+    run_here(tiny_config(world, tmp_path / "small", **values, micro_batch_size=3, gradient_checkpointing=True))
+    plain, small = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("plain", "small"))
+    assert {row["stage"] for row in plain} == {"mcl_1", "router"} and all(row["short"] > 0 for row in plain)
+    for key in ("loss", "contrastive", "short", "image_balance", "text_balance"):
+        np.testing.assert_allclose([row[key] for row in small], [row[key] for row in plain], rtol=1e-3, err_msg=key)
+    run_here(tmp_path / "plain.yaml", "micro_batch_size=4", "compile=true")
 
 
 def test_the_logit_scale_may_be_the_bases_own(world, tmp_path):
@@ -272,6 +259,7 @@ def test_unreadable_pictures_are_skipped_counted_and_named(world, capsys):
     ({"caption_column": "text"}, r"train\.csv, sample 1: there is no column 'text' \(found: image, caption\)"),
     ({"first_moe_layer": 2}, "first_moe_layer: 2 leaves no MoE layer"),
     ({"text_length": 248}, "16 text positions cannot be stretched to 248"),
+    ({"micro_batch_size": 0}, "micro_batch_size: 0 must be at least 1, or null"),
     ({"precision": "fp16"}, "fp16 needs a GPU"),
     ({"hard_captions": "train.jsonl"}, r"train\.jsonl: no such file"),
     ({"method": "direct", "mcl": {"learning_rate": 1e30}},

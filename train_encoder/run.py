@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.utils import logging
 
 from clipmoe_vlm import CLIPMoEModel
@@ -20,9 +19,12 @@ from clipmoe_vlm.convert import load_dense, processors_of, save_folder
 from clipmoe_vlm.runs import (
     UserError,
     atomic_write,
+    end_on_sigterm,
     init_distributed,
     prepare_output,
     run_program,
+    sigterm_waits,
+    stage_seed,
     write_json,
 )
 from clipmoe_vlm.upcycling import (
@@ -33,15 +35,20 @@ from clipmoe_vlm.upcycling import (
     uniform_average,
     upcycle,
 )
+from train_encoder import card, report, trackers
+from train_encoder.clusters import accumulate, centres, stage_labels
+from train_encoder.config import MAY_CHANGE, EncoderConfig, check
+from train_encoder.data import Samples, load_collate
+from train_encoder.features import Features, Items, encode
+from train_encoder.routers import start_from_centroids
+from train_encoder.sampler import batch_report, merge_small
+from train_encoder.sources import build_index
+from train_encoder.tasks import load_held_out
+from train_encoder.train import Run, steps_per_pass, train
+from train_encoder.zero_shot import HeldOut, evaluate
 
-from . import report
-from .clusters import accumulate, centres, stage_labels
-from .config import MAY_CHANGE, EncoderConfig, check
-from .data import Collate, Samples, build_index
-from .features import Items, encode
-from .sampler import batch_report, merge_small
-from .train import Run, stage_seed, steps_per_pass, train
-from .zero_shot import evaluate, load_held_out
+MUCH_LOST = 0.1  # share of the samples; a stage that does not draw as many is told how to lose fewer
+TOLD = 100  # unreadable samples that are named; a wrong image_root would name them all
 
 
 def main(config: EncoderConfig) -> None:
@@ -50,25 +57,25 @@ def main(config: EncoderConfig) -> None:
     distributed = init_distributed()
     folder = Path(config.output_dir)
 
-    def prepare() -> None:
+    def prepare() -> HeldOut:
         check(config, distributed)
         prepare_output(config, may_change=MAY_CHANGE)
-        for name, source in (("train", config.train_data), ("validation", config.validation_data)):
-            if source:
-                count = build_index(source, folder / "index" / f"{name}.jsonl", config.image_column,
-                                    config.caption_column, config.image_root)
-                print(f"{name} data: {count} samples in {source}", flush=True)
+        if "wandb" in config.trackers:
+            trackers.start_wandb(config, folder)
+        found = build_index(config.train_data, folder / "index" / "train.jsonl", config.image_column,
+                            config.caption_column, config.image_root, config.short_captions)
+        print(f"train data: {found}", flush=True)
+        held_out = load_held_out(config, folder / "index" / "validation.jsonl")
         make_base(config, folder)
+        return held_out
 
-    distributed.main_first(prepare)
+    held_out = distributed.main_first(prepare)
+    if not (folder / "base").is_dir():
+        raise UserError(f"output_dir {folder.resolve()}: process {distributed.rank} cannot see what the main process "
+                        "wrote there; it must lie on a file system that all nodes share")
     base = CLIPMoEModel.from_pretrained(folder / "base")
-    # PIL's resizing is what CLIP was trained with; torchvision's differs in the last bits.
-    collate = Collate(AutoImageProcessor.from_pretrained(folder / "base", backend="pil"),
-                      AutoTokenizer.from_pretrained(folder / "base"),
-                      base.config.text_config.max_position_embeddings, base.config.vision_config.image_size)
+    collate = load_collate(folder / "base")
     run = Run(config, distributed, folder, Samples(folder / "index" / "train.jsonl"), collate)
-    held_out = distributed.main_first(lambda: load_held_out(
-        config, Samples(folder / "index" / "validation.jsonl") if config.validation_data else None))
 
     def measure(name: str, model: CLIPMoEModel, where: str) -> None:
         evaluate(name, model, where, held_out, collate, folder, config, distributed)
@@ -91,6 +98,7 @@ def main(config: EncoderConfig) -> None:
             tune_dense(run, "stage_1", "base", everything,
                        dataclasses.replace(config.mcl, max_steps=stages * mcl_steps))
             measure("expert_1", *load(folder, "stage_1/model"))
+            report.write_stage(run, "stage_1")
         else:
             names = [f"stage_{s}" for s in range(1, stages + 1)]
             mcl_stages(run, names, everything, measure)
@@ -102,7 +110,9 @@ def main(config: EncoderConfig) -> None:
     measure("final", *load(folder, "model"))
     distributed.barrier()
     if distributed.is_main:
-        report.write(folder)
+        report.write(run)
+        card.write(run)
+        trackers.finish(run, report.scores_of_all(folder))
         print(f"done: the model is in {folder / 'model'}, the summary in {folder / 'summary.md'}", flush=True)
 
 
@@ -149,52 +159,64 @@ def mixture(config: EncoderConfig, models: list[CLIPMoEModel]) -> CLIPMoEModel:
     """The CLIP-MoE of these experts with fresh routers."""
     return upcycle(models, num_experts_per_tok=min(config.top_k, len(models)),
                    vision_first_moe_layer=config.first_moe_layer, expert_dropout=config.router.expert_dropout,
-                   seed=config.seed)
+                   balance_bias=config.router.balancing == "bias", base_gate=config.router.base_gate, seed=config.seed)
 
 
 def mcl_stages(run: Run, names: list[str], everything: np.ndarray, measure) -> None:
     """Multistage contrastive learning: each stage clusters what the model before it sees and trains within clusters."""
     config, folder = run.config, run.folder
     before = "base"
-    for name in names:
-        stage = folder / name
-        if not (stage / "done.json").is_file():
+    if run.distributed.is_main and config.method == "dmu" and config.num_clusters != "auto":
+        count = config.num_clusters ** (2 * len(names))
+        if len(run.samples) < count * config.mcl.batch_size:
+            print(f"note: the {count} clusters of {names[-1]} can hold {len(run.samples) / count:.0f} samples each on "
+                  f"average, fewer than a batch of {config.mcl.batch_size}: many may be lost to a pass", flush=True)
+    for number, name in enumerate(names):
+        if not (folder / name / "done.json").is_file():
             labels = everything
             if config.method == "dmu":
-                labels = cluster_stage(run, stage, before, None if before == "base" else folder / before.split("/")[0])
+                labels = cluster_stage(run, [folder / earlier for earlier in names[:number + 1]], before)
             tune_dense(run, name, before if config.init_from == "previous" else "base", labels, config.mcl)
         before = f"{name}/model"
         measure(f"expert_{name.removeprefix('stage_')}", *load(folder, before))
+        report.write_stage(run, name)
 
 
-def cluster_stage(run: Run, stage: Path, before: str, previous: Path | None) -> np.ndarray:
-    """Encodes the training set with the model `before`, clusters it, and returns the labels to draw batches from."""
-    config, distributed = run.config, run.distributed
-    features = stage / "features"
+def cluster_stage(run: Run, stages: list[Path], before: str) -> np.ndarray:
+    """Encodes the training set with the model `before`, clusters it, and returns the labels to draw batches from.
+
+    Args:
+        stages: the folders of the stages so far; the last one is to be clustered, the features of the others are there.
+    """
+    config, distributed, stage = run.config, run.distributed, stages[-1]
+    if distributed.main_first((stage / "clusters.json").is_file):
+        return np.load(stage / "batch_labels.npy")
     model = load(run.folder, before)[0].to(distributed.device).eval()
     errors: list[str] = []
     for key, feature, get, collate in (
             ("image", model.get_image_features, run.samples.picture, run.collate.pictures),
             ("text", model.get_text_features, run.samples.caption, run.collate.captions)):
-        if not (features / f"{key}.npy").is_file():
-            errors += encode(feature, Items(len(run.samples), get), collate, features / f"{key}.npy",
-                             dim=model.config.projection_dim, distributed=distributed, workers=config.workers,
-                             precision=config.precision, description=f"{stage.name}: encoding {key}s")
+        errors += encode(feature, Items(len(run.samples), get), collate, stage / "features" / key,
+                         dim=model.config.projection_dim, distributed=distributed, workers=config.workers,
+                         precision=config.precision, dtype=np.float16, description=f"{stage.name}: encoding {key}s")
+    del model, feature  # both hold the model, and clustering needs its memory
 
     def cluster() -> None:
-        if (stage / "clusters.json").is_file():
-            return
-        for sentence in errors:
+        for sentence in errors[:TOLD]:
             print(f"{stage.name}: skipped {sentence}", flush=True)
-        k = config.num_clusters
-        image, text = (np.load(features / f"{key}.npy", mmap_mode="r") for key in ("image", "text"))
-        labels = stage_labels(image, text, k, seed=stage_seed(config.seed, stage.name, "clusters"))
-        accumulated = accumulate(None if previous is None else np.load(previous / "labels.npy"), labels, k)
+        if len(errors) > TOLD:
+            print(f"{stage.name}: skipped {len(errors) - TOLD} more ({stage / 'features'}/*/*.json)", flush=True)
+        seen = stages if config.stage_features == "all" else [stage]
+        image, text = (Features([folder / "features" / key for folder in seen]) for key in ("image", "text"))
+        labels, chosen = stage_labels(image, text, config.num_clusters,
+                                      seed=stage_seed(config.seed, stage.name, "clusters"))
+        count = chosen["text_clusters"] * chosen["image_clusters"]
+        accumulated = accumulate(None if len(stages) == 1 else np.load(stages[-2] / "labels.npy"), labels, count)
         drawn = accumulated
         if config.small_clusters == "merge":
-            parents = {int(c): int(c) // (k * k) for c in np.unique(accumulated[accumulated >= 0])}
-            drawn = merge_small(accumulated, centres(image, text, accumulated), parents, config.mcl.batch_size)
-        counts = batch_report(drawn, config.mcl.batch_size)
+            values = np.unique(accumulated[accumulated >= 0])
+            drawn = merge_small(accumulated, centres(image, text, accumulated), values // count, config.mcl.batch_size)
+        counts = chosen | batch_report(drawn, config.mcl.batch_size)
         counts["unreadable_samples"] = int((labels < 0).sum())
         for file, array in (("labels.npy", accumulated), ("batch_labels.npy", drawn)):
             with atomic_write(stage / file, "wb") as stream:
@@ -204,6 +226,11 @@ def cluster_stage(run: Run, stage: Path, before: str, previous: Path | None) -> 
         print(f"{stage.name}: {counts['num_clusters']} clusters, {counts['too_small']} smaller than a batch; "
               f"{counts['dropped_samples']} samples ({lost:.1%}) not drawn in a pass; "
               f"{counts['unreadable_samples']} unreadable", flush=True)
+        if lost > MUCH_LOST:
+            merge = "small_clusters: merge, " if config.small_clusters == "drop" else ""
+            print(f"{stage.name}: note: {lost:.0%} of the samples are lost to a pass, since what remains of a cluster "
+                  f"does not fill a batch of {config.mcl.batch_size}; {merge}fewer clusters (num_clusters) or a "
+                  "smaller mcl.batch_size would lose fewer", flush=True)
 
     distributed.main_first(cluster)
     return np.load(stage / "batch_labels.npy")
@@ -217,8 +244,9 @@ def tune_dense(run: Run, name: str, start: str, labels: np.ndarray, settings) ->
     started = time.time()
     model = load(run.folder, start)[0]
     trainable = dict(ffn_parameters(model, run.config.first_moe_layer))
-    steps = train(metric_name(run, name), model, trainable, labels, settings, run, stage)
-    save_done(run, model, stage / "model", stage, steps, started)
+    with sigterm_waits():
+        steps = train(metric_name(run, name), model, trainable, labels, settings, run, stage)
+        save_done(run, model, stage / "model", stage, steps, started)
 
 
 def metric_name(run: Run, folder_name: str) -> str:
@@ -232,12 +260,15 @@ def train_moe(run: Run, name: str, model: CLIPMoEModel, settings, *, experts_too
     if (stage / "done.json").is_file():
         return
     started, router = time.time(), run.config.router
+    if router.init == "centroids":
+        start_from_centroids(model, run)
     for tower in (model.config.vision_config, model.config.text_config):
         tower.router_z_loss_coef = router.z_loss_coef
     trainable = dict(router_parameters(model)) | (dict(expert_parameters(model)) if experts_too else {})
     everything = np.zeros(len(run.samples), np.int64)
-    steps = train(name, model, trainable, everything, settings, run, stage, balance_coef=router.balance_coef)
-    save_done(run, model, run.folder / "model", stage, steps, started)
+    with sigterm_waits():
+        steps = train(name, model, trainable, everything, settings, run, stage)
+        save_done(run, model, run.folder / "model", stage, steps, started)
 
 
 def finish(run: Run, model: CLIPMoEModel) -> None:
@@ -257,4 +288,5 @@ def save_done(run: Run, model: CLIPMoEModel, target: Path, stage: Path, steps: i
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     run_program(main, EncoderConfig, "python -m train_encoder.run")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +17,23 @@ from torch import Tensor, nn
 from clipmoe_vlm import CLIPMoEModel
 from clipmoe_vlm.runs import (
     Distributed,
-    Metrics,
     UserError,
     load_checkpoint,
     progress,
     save_checkpoint,
-    set_seed,
+    sigterm_asked,
+    stage_seed,
     write_json,
 )
 
 from .config import EncoderConfig, MCLConfig, RouterConfig
 from .data import Collate, Pairs, Samples, loader
 from .features import autocast
-from .loss import contrastive_loss, gather
+from .loss import total_loss
+from .routers import BiasBalancing
 from .sampler import cluster_batches, rank_slice
+from .step import encode_by_base, step_gradients
+from .trackers import StageLog
 
 
 @dataclass
@@ -42,11 +45,6 @@ class Run:
     folder: Path
     samples: Samples
     collate: Collate
-
-
-def stage_seed(*parts: object) -> int:
-    """A seed that depends on all of `parts` (names and numbers), the same in every process."""
-    return zlib.crc32(" ".join(map(str, parts)).encode())
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
@@ -63,18 +61,18 @@ def steps_per_pass(labels: np.ndarray, batch_size: int) -> int:
 
 
 def train(stage: str, model: CLIPMoEModel, trainable: dict[str, nn.Parameter], labels: np.ndarray,
-          settings: MCLConfig | RouterConfig, run: Run, folder: Path, *, balance_coef: float = 0.0) -> int:
+          settings: MCLConfig | RouterConfig, run: Run, folder: Path) -> int:
     """Trains `trainable` (everything else is frozen) and returns the number of updates made in all.
 
-    Nothing random outlives a step: batches follow from (seed, stage, pass), dropout from (seed, stage, step, rank).
-    So a run resumed from `folder/checkpoint.safetensors` ends with the very bits of an unbroken one.
+    Nothing random outlives a step: batches follow from (seed, stage, pass), dropout from (seed, stage, step, rank,
+    micro-batch). So a run resumed from `folder/checkpoint.safetensors` ends with the very bits of an unbroken one.
 
     Args:
         labels: [N] cluster of each sample that batches are drawn from (see `cluster_batches`).
-        balance_coef: weight of image aux loss + text aux loss / 2, for models whose routers train.
 
     Raises:
-        UserError: the loss or a gradient is not finite; the update is not made.
+        UserError: the loss or a gradient is not finite; the update is not made. Or a checkpoint cannot be used.
+        SystemExit: SIGTERM came; a checkpoint is saved.
     """
     config, distributed = run.config, run.distributed
     world_size, device = distributed.world_size, distributed.device
@@ -82,6 +80,13 @@ def train(stage: str, model: CLIPMoEModel, trainable: dict[str, nn.Parameter], l
     for parameter in trainable.values():
         parameter.requires_grad_(True)
     parameters = list(trainable.values())
+    balancing = BiasBalancing(model, config.router.bias_rate)
+    base = CLIPMoEModel.from_pretrained(run.folder / "base").to(device).eval() if settings.distillation else None
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        model.vision_model.compile()
+        model.text_model.compile()
     optimizer = torch.optim.AdamW(parameters, settings.learning_rate, (0.9, 0.999),
                                   weight_decay=settings.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -89,13 +94,17 @@ def train(stage: str, model: CLIPMoEModel, trainable: dict[str, nn.Parameter], l
     per_pass = steps_per_pass(labels, settings.batch_size)
     total = settings.max_steps or settings.epochs * per_pass
     checkpoint = folder / "checkpoint.safetensors"
+    log = StageLog(stage, model, run) if distributed.is_main else None  # it keeps the routers' start
     resumed = load_checkpoint(checkpoint, trainable, optimizer)
     step = int(resumed["step"]) if resumed else 0
+    if step != distributed.main_first(lambda: step):
+        raise UserError(f"{checkpoint} is not the same for all processes; output_dir must lie on a file system that "
+                        "all nodes share (if it does, try again: the file may be too new to be seen everywhere)")
     if resumed:
         scaler.load_state_dict(json.loads(resumed["scaler"]))
-    metrics = None
-    if distributed.is_main:
-        metrics = Metrics(run.folder / "metrics.jsonl", lambda row: row["stage"] != stage or row["step"] <= step)
+        balancing.restore(resumed["balance_biases"])
+    if log:
+        log.open(step)
         count = sum(parameter.numel() for parameter in parameters)
         print(f"{stage}: {total} updates of {settings.batch_size} samples, {count:,} of "
               f"{sum(p.numel() for p in model.parameters()):,} parameters train"
@@ -104,6 +113,10 @@ def train(stage: str, model: CLIPMoEModel, trainable: dict[str, nn.Parameter], l
             print(f"{stage}: note: warmup_steps ({settings.warmup_steps}) is not below the {total} updates, so the "
                   "learning rate never gets beyond its warm-up", flush=True)
     scale = model.logit_scale.exp().item() if config.logit_scale is None else config.logit_scale
+    loss_of = partial(total_loss, logit_scale=scale, label_smoothing=settings.label_smoothing,
+                      balance_coef=config.router.balance_coef, z_loss_coef=config.router.z_loss_coef,
+                      world_size=world_size, balance_by_loss=config.router.balancing == "loss",
+                      distillation=settings.distillation)
     bar = progress(description=stage, total=total, initial=step, enabled=distributed.is_main)
 
     while step < total:
@@ -115,25 +128,20 @@ def train(stage: str, model: CLIPMoEModel, trainable: dict[str, nn.Parameter], l
             step += 1
             for sentence in batch["errors"]:
                 print(f"{stage}, step {step}: skipped {sentence}", flush=True)
-            set_seed(stage_seed(seed, step, distributed.rank))
             lr = learning_rate(step, total, settings.learning_rate, settings.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            valid = batch["valid"].to(device)
-            with autocast(distributed, config.precision):
-                output = model(input_ids=batch["input_ids"].to(device), pixel_values=batch["pixel_values"].to(device))
-            contrastive = contrastive_loss(output.image_embeds, output.text_embeds, valid, logit_scale=scale,
-                                           label_smoothing=settings.label_smoothing, world_size=world_size)
-            image_aux, text_aux = output.vision_model_output.aux_loss, output.text_model_output.aux_loss
-            loss = contrastive + balance_coef * (image_aux + text_aux / 2)
-            values = mean_over_ranks(torch.stack([loss, contrastive, output.image_balance_loss,
-                                                  output.text_balance_loss]).detach(), world_size)
-            if not math.isfinite(values[0]):
-                stop_non_finite(f"loss is {values[0]}", stage, step, numbers, run, folder)
 
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            memory = {"micro_batch_size": config.micro_batch_size, "amp": autocast(distributed, config.precision)}
+            of_base = None if base is None else encode_by_base(base, batch, **memory)
+            losses = step_gradients(model, batch, partial(loss_of, base=of_base), scaler=scaler,
+                                    seed=stage_seed(seed, step, distributed.rank), **memory)
             average_gradients(parameters, world_size)
+            values = mean_over_ranks({**losses, "skipped": (~batch["valid"]).float().mean(),
+                                      "sigterm": torch.tensor(float(sigterm_asked()))}, distributed)
+            if not math.isfinite(values["loss"]):
+                stop_non_finite(f"loss is {values['loss']}", stage, step, numbers, run, folder)
             scaler.unscale_(optimizer)
             norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
             # In fp16 a gradient beyond the format's range is routine: the scaler leaves that update out.
@@ -141,25 +149,37 @@ def train(stage: str, model: CLIPMoEModel, trainable: dict[str, nn.Parameter], l
                 stop_non_finite(f"gradient norm is {norm}", stage, step, numbers, run, folder)
             scaler.step(optimizer)
             scaler.update()
+            balancing.update(world_size)
 
-            skipped = settings.batch_size - int(torch.cat(gather(valid.to(torch.uint8))).sum())
-            if metrics:
-                metrics.log(stage=stage, step=step, epoch=epoch, loss=values[0], contrastive=values[1],
-                            image_balance=values[2], text_balance=values[3], lr=lr, grad_norm=norm, skipped=skipped,
-                            samples_per_second=round(settings.batch_size / (time.perf_counter() - started), 2))
-                if step % config.checkpoint_every == 0 and step < total:
+            stopping = values.pop("sigterm") > 0  # the same on all ranks, whichever of them the signal reached
+            if log:
+                values["skipped"] = round(values["skipped"] * settings.batch_size)
+                log.update(step, epoch=epoch, **values, lr=lr, grad_norm=norm,
+                           samples_per_second=round(settings.batch_size / (time.perf_counter() - started), 2))
+                log.update_routing(step, total, batch)
+                if stopping or step % config.checkpoint_every == 0 and step < total:
                     save_checkpoint(checkpoint, trainable, optimizer, step=step,
-                                    scaler=json.dumps(scaler.state_dict()))
-            bar.set_postfix_str(f"loss {values[0]:.4f}", refresh=False)
+                                    scaler=json.dumps(scaler.state_dict()), balance_biases=balancing.state())
+            if stopping:
+                bar.close()
+                distributed.barrier()
+                if distributed.is_main:
+                    print(f"{stage}: stopped by SIGTERM after update {step} of {total}; the same command goes on from "
+                          "there", flush=True)
+                raise SystemExit(0)
+            bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
             bar.update()
     bar.close()
+    if log:
+        log.close()
     return total
 
 
-def mean_over_ranks(values: Tensor, world_size: int) -> list[float]:
-    if world_size > 1:
-        dist.all_reduce(values)
-    return (values / world_size).tolist()
+def mean_over_ranks(values: dict[str, Tensor], distributed: Distributed) -> dict[str, float]:
+    mean = torch.stack([value.to(distributed.device) for value in values.values()])
+    if distributed.world_size > 1:
+        dist.all_reduce(mean)
+    return dict(zip(values, (mean / distributed.world_size).tolist(), strict=True))
 
 
 def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
