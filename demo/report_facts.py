@@ -93,16 +93,16 @@ def encoder_models(run: Path) -> list[dict]:
     models = []
     for key, title, what, file in rows:
         evaluation = read_json(file)
-        hits = evaluation["retrieval"]
+        retrieval = evaluation["retrieval"]
+        hits = {way: [int(rank < 1) for rank in retrieval[f"{way}_ranks"]]
+                for way in ("image_to_text", "text_to_image")}
         models.append({
             "key": key, "title": title, "what": what,
             "items": evaluation["hard_items"], "routing": evaluation["routing"],
             "hard": {kind: (one["accuracy"], one["low"], one["high"]) for kind, one in evaluation["hard"].items()},
-            "hits": {way: hits[f"{way}_hits"] for way in ("image_to_text", "text_to_image")},
-            "retrieval": {way: interval(cluster_interval(hits[f"{way}_hits"]))
-                          for way in ("image_to_text", "text_to_image")},
-            "recall": {way: hits[way] for way in ("image_to_text", "text_to_image")},
-            "n": (hits["n_images"], hits["n_captions"]),
+            "hits": hits, "retrieval": {way: interval(cluster_interval(found)) for way, found in hits.items()},
+            "recall": {way: retrieval[way] for way in hits},
+            "n": (retrieval["n_images"], retrieval["n_captions"]),
         })
     return models
 

@@ -41,12 +41,13 @@ def evaluation(name: str, right: dict[str, float], moe: bool, draw: random.Rando
                   for index, value in enumerate(correct)]
         share = sum(correct) / PICTURES
         hard[kind] = {"accuracy": share, "low": share - 0.1, "high": share + 0.1, "n": PICTURES}
-    hits = [int(index % 3 == 0) for index in range(PICTURES)]
+    ranks = [index % 3 for index in range(PICTURES)]
     recalls = {"R@1": 1 / 3, "R@5": 0.5, "R@10": 0.75}
     load = [[0.25, 0.75], [0.5, 0.5]]
     return {"name": name, "model": "model", "hard": hard, "hard_items": items,
             "retrieval": {"n_images": PICTURES, "n_captions": PICTURES, "image_to_text": recalls,
-                          "text_to_image": recalls, "image_to_text_hits": hits, "text_to_image_hits": hits},
+                          "text_to_image": recalls, "image_to_text_ranks": ranks, "text_to_image_ranks": ranks,
+                          "owners": list(range(PICTURES))},
             "routing": {"vision_load": load, "text_load": load, "vision_entropy": [0.1, 0.2],
                         "text_entropy": [0.3, 0.4]} if moe else None}
 
