@@ -1,0 +1,47 @@
+"""The encoder's benchmark: what it compares computes the same, and it runs and fills in its document."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import encoder
+from clipmoe_vlm import CLIPMoEConfig, CLIPMoEVisionModel
+from clipmoe_vlm.runs import UserError
+
+
+def test_the_masked_loop_computes_the_same_on_the_same_memory(tiny_config):
+    ours = CLIPMoEVisionModel(CLIPMoEConfig(**tiny_config(num_experts=4, num_experts_per_tok=2)).vision_config)
+    plain = encoder.with_masked_loops(ours)
+    pixels, gradients = torch.randn(3, 3, 32, 32), []
+    for model in (ours, plain):
+        output = model(pixels).pooler_output
+        output.backward(torch.ones_like(output))
+        loop = model.vision_model.encoder.layers[0].mlp
+        fc1 = loop.experts.fc1_weight.grad if model is ours else torch.stack([e[0].grad for e in loop.experts])
+        gradients.append((output, fc1, model.vision_model.embeddings.patch_embedding.weight.grad))
+        model.zero_grad()
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        ours.vision_model.encoder.layers[0].mlp.experts.fc1_weight.zero_()
+    assert not plain.vision_model.encoder.layers[0].mlp.experts[3][0].any()
+
+
+def test_it_runs_and_writes_between_the_marks(tmp_path, capsys):
+    document = tmp_path / "performance.md"
+    document.write_text(f"before\n{encoder.MARKS[0]}\nold\n{encoder.MARKS[1]}\nafter\n")
+    encoder.main([str(document), f"json={tmp_path / 'b.json'}", "layers=1", "pictures=1", "pairs=2", "repeats=1"])
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.count("met |") + text.count("missed |") == 4
+    table = capsys.readouterr().out.strip()
+    assert table in text
+    values = json.loads((tmp_path / "b.json").read_text())
+    assert values["largest_difference"] < 1e-5 and len(values["seconds"]) == 10
+    assert 1.5 < values["flop_ratio"]["forward"] < 1.7
+
+
+def test_a_document_without_marks_is_refused_before_anything_is_timed(tmp_path):
+    with pytest.raises(UserError, match="needs the lines"):
+        encoder.main([str(tmp_path / "README.md")])
