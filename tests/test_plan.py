@@ -127,8 +127,12 @@ def test_options_move_the_figures_the_right_way(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["architecture=ViT-X"], "neither a file nor a name"), (["model=nowhere"], "add architecture=NAME"),
-    (["method=direct"], "has no plan"), (["--gpus", "0"], "--gpus must be above 0")])
+    (["architecture=ViT-X"], "neither a file nor a name"),
+    (["architecture=null", "model=nowhere"], "add architecture=NAME"),
+    (["method=direct"], "has no plan"),
+    (["first_moe_layer=99"], "leaves no MoE layer"),
+    (["--gpus", "7"], "must be a multiple of the 7 processes"),
+    (["--gpus", "0"], "--gpus must be above 0")])
 def test_mistakes_end_in_a_sentence(arguments, sentence):
     with pytest.raises(UserError, match=sentence):
-        plan.main([str(RECIPES[0]), *arguments])
+        plan.main([str(RECIPES[0]), "architecture=ViT-B-32-quickgelu", *arguments])

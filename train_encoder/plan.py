@@ -1,17 +1,17 @@
 """What a run will need: `python -m train_encoder.plan CONFIG.yaml [key=value ...] [--gpus N] [--samples N] ...`.
 
-Prints parameters, FLOPs per pair, memory per GPU and hours per stage, before anything is downloaded but the model's
-configuration (none with `architecture=NAME`, a name of open_clip's). Nothing is measured: the model's own code runs on
-the meta device, which has shapes and no numbers. FLOPs are those that torch counts; activations are what autograd
-keeps there, in the types that bfloat16 autocast and flash attention give on a GPU. Time is FLOPs over what the GPUs
-can do times an assumed utilisation.
+Prints parameters, FLOPs per pair, memory per GPU and hours per stage of the method `dmu`. Only the model's shape is
+needed: `architecture=NAME`, a name of open_clip's, saves fetching the model for it. Nothing is measured: the model's
+own code runs on the meta device, which has shapes and no numbers. FLOPs are those that torch counts; activations are
+what autograd keeps there, in the types that bfloat16 autocast and flash attention give on a GPU. Time is FLOPs over
+what the GPUs can do times an assumed utilisation. Options that compute more than the paper's recipe (distillation,
+short captions, a base gate) are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import math
 import sys
 from dataclasses import dataclass
 
@@ -24,16 +24,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipmoe_vlm import CLIPMoEConfig, CLIPMoEModel
 from clipmoe_vlm.convert import config_of
 from clipmoe_vlm.modeling_clipmoe import CLIPMoEMLP
-from clipmoe_vlm.runs import UserError, fail, load_config
+from clipmoe_vlm.runs import Distributed, UserError, fail, load_config
 from clipmoe_vlm.upcycling import expert_parameters, ffn_parameters, router_parameters
 
-from .config import EncoderConfig
+from .config import EncoderConfig, MCLConfig, RouterConfig, check
 
 A100_TFLOPS = 312.0  # dense bfloat16, as its data sheet says
 # The paper's own: 8 A100 take half an hour for an MCL stage of ViT-L/14 on 1.2 M pairs (tests/test_plan.py).
 UTILISATION = 0.15
 GPU_OVERHEAD = 2**30  # CUDA's context and the libraries' workspaces
-TOWERS = {"vision": "first_moe_layer", "text": None}
 
 
 @dataclass
@@ -212,10 +211,16 @@ def plan(config: EncoderConfig, *, gpus: int, samples: int, tflops: float, utili
         samples: training pairs.
         tflops: what one GPU can do in bfloat16, in 10^12 FLOPs per second.
         utilisation: the share of that which training reaches.
+
+    Raises:
+        UserError: values that cannot work, a model that is not found, or a method without a plan.
     """
+    check(config, Distributed(0, gpus, torch.device("cuda")))
     if config.method != "dmu":
         raise UserError(f"method: {config.method} has no plan; plan the method dmu, whose budget the others are given")
     base = shape_of(config)
+    if config.first_moe_layer >= base.vision_config.num_hidden_layers:
+        raise UserError(f"first_moe_layer: {config.first_moe_layer} leaves no MoE layer in the vision tower")
     mixture = mixture_of(base, config)
     with torch.device("meta"):
         moe = CLIPMoEModel(mixture)
@@ -225,24 +230,26 @@ def plan(config: EncoderConfig, *, gpus: int, samples: int, tflops: float, utili
     mcl, router = mcl_cost(base, config.first_moe_layer), router_cost(mixture)
 
     def memory(name: str, cost: Cost, parameters: int, batch_size: int) -> str:
-        share = math.ceil(batch_size / gpus)
+        share = batch_size // gpus
         pairs = min(share, config.micro_batch_size or share)
         fixed = 4 * parameters + 12 * cost.trainable + cost.copies + GPU_OVERHEAD  # weights; gradients, two moments
         per_pair = cost.working + (cost.kept_checkpointing if config.gradient_checkpointing else cost.kept)
         return (f"memory per GPU, {name}: {fixed / 2**30:.1f} GiB + {per_pair / 2**20:.0f} MiB for each pair at once; "
                 f"{(fixed + pairs * per_pair) / 2**30:.0f} GiB with {pairs} of them")
 
-    def hours(flops_per_pair: float, settings, whole_passes: bool = False) -> float:
-        pairs = settings.max_steps * settings.batch_size if settings.max_steps else settings.epochs * samples
-        return (samples if whole_passes else pairs) * flops_per_pair / (gpus * tflops * 1e12 * utilisation * 3600)
-
     def step(cost: Cost, batch_size: int) -> float:
-        cached = config.micro_batch_size is not None and config.micro_batch_size < math.ceil(batch_size / gpus)
+        cached = config.micro_batch_size is not None and config.micro_batch_size < batch_size // gpus
         return cost.forward * (1 + cached + config.gradient_checkpointing) + cost.backward
 
+    def hours(flops_per_pair: float, pairs: int) -> float:
+        return flops_per_pair * pairs / (gpus * tflops * 1e12 * utilisation * 3600)
+
+    def pairs_of(settings: MCLConfig | RouterConfig) -> int:
+        return settings.max_steps * settings.batch_size if settings.max_steps else settings.epochs * samples
+
     mcl_step, router_step = step(mcl, config.mcl.batch_size), step(router, config.router.batch_size)
-    encoding = hours(mcl.forward, config.mcl, whole_passes=True)
-    stage, tuning = encoding + hours(mcl_step, config.mcl), hours(router_step, config.router)
+    encoding, tuning = hours(mcl.forward, samples), hours(router_step, pairs_of(config.router))
+    stage = encoding + hours(mcl_step, pairs_of(config.mcl))
     return [
         f"parameters: {_millions(dense)} dense, {_millions(total)} as CLIP-MoE, of which {_millions(active)} work on a "
         "token",
