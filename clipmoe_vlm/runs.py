@@ -22,6 +22,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -436,7 +437,8 @@ def init_distributed() -> Distributed:
     if cuda:
         torch.cuda.set_device(device)
     if world_size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        # The others wait while the main process indexes, converts or clusters the data of a large run.
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))
     atexit.register(_leave_processes)
     return Distributed(rank, world_size, device)
 
