@@ -31,7 +31,7 @@ EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 class Mishap:
     """What happens in process `rank` at the `count`-th event that matches `at` ("os.rename /path/of/the/target")."""
 
-    do: str  # kill | kill_half_written | terminate | terminate_all | disk_full | remove
+    do: str  # kill | kill_half_written | terminate | terminate_all | disk_full | remove | count (all, to the end)
     count: int = 1
     at: str = ""
     rank: int = 0
