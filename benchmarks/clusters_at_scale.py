@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from clipmoe_vlm.runs import Distributed, UserError, fail
 from train_encoder.clusters import accumulate, centres, stage_labels
@@ -33,6 +34,7 @@ MIB = 2**20
 def stage(values: dict, folder: Path) -> None:
     """The limited process: writes what it did to `folder/result.json`."""
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # a thread that finds no memory for its start would be waited for without end
     start = memory("self")
     resource.setrlimit(resource.RLIMIT_DATA, (start["VmData"] * 1024 + values["limit_mib"] * MIB,) * 2)
     pairs, dim, k = values["pairs"], values["dim"], values["clusters"]
