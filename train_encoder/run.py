@@ -103,9 +103,8 @@ def main(config: EncoderConfig) -> None:
             names = [f"stage_{s}" for s in range(1, stages + 1)]
             mcl_stages(run, names, everything, measure)
         untuned = mixture(config, [base, *(load(folder, f"{name}/model")[0] for name in names)])
+        measure("random_routers", untuned, "model before router tuning")
         train_moe(run, "router", untuned, config.router, experts_too=False)
-        measure("random_routers", mixture(config, [base, *(load(folder, f"{n}/model")[0] for n in names)]),
-                "model before router tuning")
         measure("uniform_average", uniform_average(load(folder, "model")[0]), "model, all experts weighted equally")
     measure("final", *load(folder, "model"))
     distributed.barrier()
