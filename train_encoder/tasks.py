@@ -101,22 +101,29 @@ def load_held_out(config: EncoderConfig, index: Path) -> HeldOut:
 def load_retrieval(source: str, index: Path, image_column: str, caption_column: str, image_root: str | None,
                    split: str) -> Retrieval:
     """One split of a JSON of Karpathy's, or all samples of what `build_index` takes (through `index`)."""
-    if is_karpathy(source):
-        return load_karpathy(source, image_root, split)
+    rows = karpathy_rows(source)
+    if rows is not None:
+        return load_karpathy(source, rows, image_root, split)
     found = build_index(source, index, image_column, caption_column, image_root)
     print(f"held-out data: {found}", flush=True)
     return retrieval_of(Samples(index))
 
 
-def is_karpathy(source: str) -> bool:
-    """Whether this is a file of Karpathy's splits (dataset_coco.json, dataset_flickr30k.json)."""
+def karpathy_rows(source: str) -> list | None:
+    """The pictures of a file of Karpathy's splits (dataset_coco.json, dataset_flickr30k.json); None for other sources.
+
+    A captions file is a list, perhaps of gigabytes: then its first character is all that is read.
+    """
     if not source.endswith(".json") or not Path(source).is_file():
-        return False
-    values = read_json(Path(source))
-    return isinstance(values, dict) and isinstance(values.get("images"), list)
+        return None
+    with open(source, "rb") as stream:
+        if not stream.read(64).lstrip().startswith(b"{"):
+            return None
+    rows = read_json(Path(source)).get("images")
+    return rows if isinstance(rows, list) else None
 
 
-def load_karpathy(source: str, image_root: str | None, split: str) -> Retrieval:
+def load_karpathy(source: str, rows: list, image_root: str | None, split: str) -> Retrieval:
     """The pictures of one split with all their captions. They lie in `image_root`, in COCO's folders (val2014/...) or
     side by side.
 
@@ -125,7 +132,7 @@ def load_karpathy(source: str, image_root: str | None, split: str) -> Retrieval:
     """
     root = Path(image_root) if image_root else Path(source).parent
     pictures, captions, owners, splits = [], [], [], set()
-    for number, row in enumerate(read_json(Path(source))["images"], 1):
+    for number, row in enumerate(rows, 1):
         try:
             name, sentences = row["filename"], [sentence["raw"] for sentence in row["sentences"]]
             splits.add(row["split"])
