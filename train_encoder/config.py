@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
+import torch
 from omegaconf import MISSING
 
 from clipmoe_vlm.runs import Distributed, UserError
 
 AUTO_CLUSTERS = range(2, 7)  # what `num_clusters: auto` chooses from
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METHODS = ("dmu", "direct", "sparse_upcycling", "mcl_random_batches", "without_mcl")
 # What a resumed run may change: the last two change its result by no more than rounding and draws of dropout, and a run
 # out of memory at hour 9 needs the micro-batches.
@@ -103,8 +105,7 @@ def check(config: EncoderConfig, distributed: Distributed) -> None:
         UserError: the first such value.
     """
     for key, allowed in (("method", METHODS), ("init_from", ("base", "previous")),
-                         ("stage_features", ("last", "all")), ("small_clusters", ("drop", "merge")),
-                         ("precision", ("fp32", "bf16", "fp16"))):
+                         ("stage_features", ("last", "all")), ("small_clusters", ("drop", "merge"))):
         if getattr(config, key) not in allowed:
             raise UserError(f"{key}: {getattr(config, key)!r} is not one of {', '.join(allowed)}")
     router = config.router
@@ -134,8 +135,7 @@ def check(config: EncoderConfig, distributed: Distributed) -> None:
         raise UserError(f"micro_batch_size: {config.micro_batch_size} must be at least 1, or null")
     if config.top_k > config.num_experts:
         raise UserError(f"top_k: a token cannot go to {config.top_k} of num_experts={config.num_experts} experts")
-    if config.precision == "fp16" and distributed.device.type != "cuda":
-        raise UserError("precision: fp16 needs a GPU; use fp32 here")
+    check_precision(config.precision, distributed)
     world_size = distributed.world_size
     for name, part in (("mcl", config.mcl), ("router", config.router)):
         if part.batch_size < 2 * world_size or part.batch_size % world_size:
@@ -145,3 +145,13 @@ def check(config: EncoderConfig, distributed: Distributed) -> None:
             raise UserError(f"{name}.epochs and {name}.max_steps must be at least 1")
         if part.distillation < 0:
             raise UserError(f"{name}.distillation: {part.distillation} must not be negative")
+
+
+def check_precision(precision: str, distributed: Distributed) -> None:
+    """Raises:
+        UserError: there is no such precision, or not on this device.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if precision == "fp16" and distributed.device.type != "cuda":
+        raise UserError("precision: fp16 needs a GPU; use fp32 here")

@@ -20,9 +20,9 @@ from clipmoe_vlm.convert import load_model, local, processors_of
 from clipmoe_vlm.runs import Distributed, UserError, init_distributed, prepare_output, run_program, write_json
 
 from .compare import print_red
+from .config import check_precision
 from .data import Collate
 from .evaluation_summary import losses_to_bases, write_summary
-from .features import PRECISIONS
 from .tasks import TaskConfig, load_hard_captions, load_retrieval
 from .zero_shot import Classification, Encoder, HardCaptions, Retrieval, line
 
@@ -107,10 +107,7 @@ def check(config: EvaluateConfig, models: dict[str, Source], distributed: Distri
         for name in names:
             if not re.fullmatch(r"\w[\w.-]*", name):
                 raise UserError(f"{group}: the name {name!r} becomes a file's name; use letters, digits, - and _ only")
-    if config.precision not in PRECISIONS:
-        raise UserError(f"precision: {config.precision!r} is not one of {', '.join(PRECISIONS)}")
-    if config.precision == "fp16" and distributed.device.type != "cuda":
-        raise UserError("precision: fp16 needs a GPU; use fp32 here")
+    check_precision(config.precision, distributed)
     if config.workers < 0:
         raise UserError(f"workers: {config.workers} must be at least 0")
 

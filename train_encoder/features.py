@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 
 from clipmoe_vlm.runs import Distributed, UserError, atomic_write, progress, write_json
 
+from .config import PRECISIONS
 from .data import loader
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHUNK = 128  # samples of one forward
 SHARD = 512 * CHUNK  # samples of one file: what a killed encoding has to do again at most
 
