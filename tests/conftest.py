@@ -8,6 +8,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from encoder_crash import Server  # noqa: E402
+from encoder_data import environment, make_world  # noqa: E402
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -38,3 +40,16 @@ def tiny_config():
         }
 
     return make
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """The folder of a tiny CLIP and of training and test scenes, for train_encoder."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def server(world):
+    """Runs train_encoder in processes that a mishap befalls."""
+    with Server(world, environment()) as server:
+        yield server

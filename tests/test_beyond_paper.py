@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from encoder_data import make_world
 from encoder_data import tiny_config as run_config
 from PIL import Image
 from safetensors.torch import load_file
@@ -274,11 +273,6 @@ def test_distillation_is_the_divergence_where_the_base_is_right():
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def run_here(world: Path, output: Path, *arguments: str, mcl=(), router=(), **changes) -> Path:

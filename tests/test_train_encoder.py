@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from encoder_data import make_world, run, save_scenes, tiny_config
+from encoder_data import run, save_scenes, tiny_config
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -22,12 +22,7 @@ from train_encoder.features import Features
 from train_encoder.run import main
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def dmu(world) -> Path:
     """The output of a whole dmu run, made by the command line."""
     output = world / "dmu"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoder_data import make_world, tiny_config
+from encoder_data import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
@@ -320,11 +320,6 @@ def test_no_cluster_of_a_whole_batch_is_refused():
 
 
 # --- stages of a run -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def run_here(world: Path, name: str, **changes) -> Path:

@@ -10,24 +10,13 @@ import pytest
 import safetensors
 import torch
 import webdataset
-from encoder_crash import Mishap, Server, assert_same_end, kill_ten_times
-from encoder_data import environment, make_world, tiny_config
+from encoder_crash import Mishap, assert_same_end, kill_ten_times
+from encoder_data import tiny_config
 
 import train_encoder.train
 from clipmoe_vlm.runs import UserError, load_checkpoint, load_config
 from train_encoder.config import EncoderConfig
 from train_encoder.run import main
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def server(world):
-    with Server(world, environment()) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

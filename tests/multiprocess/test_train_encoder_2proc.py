@@ -20,19 +20,8 @@ from train_encoder.run import main
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import encoder_step  # noqa: E402
-from encoder_crash import Mishap, Server, assert_same_end, kill_ten_times  # noqa: E402
-from encoder_data import ROOT, environment, make_world, tiny_config  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def server(world):
-    with Server(world, environment()) as server:
-        yield server
+from encoder_crash import Mishap, assert_same_end, kill_ten_times  # noqa: E402
+from encoder_data import ROOT, environment, tiny_config  # noqa: E402
 
 
 @pytest.fixture(scope="module")
