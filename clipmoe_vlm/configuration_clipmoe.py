@@ -5,17 +5,67 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 PROJECTIONS = ("linear", "mlp", "none")
 VISION_POOLING = ("cls", "avg", "map", "attention")
 TEXT_POOLING = ("eos", "argmax", "first", "last")
+TOWERS = ("vision_config", "text_config")
+FORMAT = 1  # raise it when a folder written before would now be read as another model
+
+# The original LLaVA opens any existing folder with transformers' CLIPVisionModel, which would leave the experts out and
+# make up feed-forward layers at random. Every CLIP class looks `hidden_act` up in a table of activations: finding this
+# sentence in config.json, it raises KeyError with it.
+NOT_A_PLAIN_CLIP = (
+    "This folder holds a CLIP-MoE, which transformers' own CLIP classes would read with random weights. In LLaVA, "
+    "start the script with python -m clipmoe_vlm.llava SCRIPT ..., or import clipmoe_vlm.llava first. Elsewhere, "
+    "import clipmoe_vlm and use AutoModel, CLIPMoEVisionModel or CLIPMoEModel."
+)
 
 
-class _TowerConfig(PretrainedConfig):
+class _Config(PretrainedConfig):
+    """What all our configurations have in common: hosts that do not know them fail, and they refuse those of others.
+
+    `hidden_act` is no field of ours (the activation is `activation`) but a note to other people's CLIP classes.
+
+    Raises:
+        ValueError: values of another model type or in another format, or an activation as `hidden_act`.
+    """
+
+    def __init__(self, **kwargs: Any):
+        ours = type(self).model_type
+        found = kwargs.pop("model_type", ours)
+        if found != ours:
+            raise ValueError(f"a configuration with model_type '{found}' is none of a {ours}; of other CLIPs, "
+                             "`python -m clipmoe_vlm convert SOURCE FOLDER` makes a folder to load")
+        version = kwargs.pop("format", FORMAT)
+        if version != FORMAT:
+            raise ValueError(f"this {ours} was written in format {version}, and this clipmoe_vlm reads format "
+                             f"{FORMAT}: install the clipmoe_vlm that it was written with")
+        if kwargs.pop("hidden_act", NOT_A_PLAIN_CLIP) in ACT2FN:
+            raise ValueError(f"a {ours} has its activation in the field `activation`; `hidden_act` holds a note for "
+                             "programs that do not know the model")
+        for tower in TOWERS:  # in a tower's own configuration: the note of `to_diff_dict`
+            kwargs.pop(tower, None)
+        _refuse_unknown(ours, kwargs)
+        super().__init__(**kwargs)
+        self.format = FORMAT
+        self.hidden_act = NOT_A_PLAIN_CLIP
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json gets: the note also where CLIPModel looks for its towers."""
+        values = super().to_diff_dict()
+        for tower in TOWERS:
+            values.setdefault(tower, {})["hidden_act"] = NOT_A_PLAIN_CLIP
+        return values
+
+
+class _TowerConfig(_Config):
     """What both towers share. A tower with `num_experts=1` is dense.
 
     Args:
-        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, hidden_act, layer_norm_eps: as in CLIP.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, layer_norm_eps: as in CLIP.
+        activation: CLIP's `hidden_act`, a name of transformers' activations.
         projection_dim: size of the space that pictures and texts share.
         projection: from the pooled feature into that space: "linear", "mlp" (timm's head in open_clip: two linears
             with a GELU between, `2 * projection_dim` wide inside), or "none" (the pooled feature is in it already).
@@ -27,6 +77,7 @@ class _TowerConfig(PretrainedConfig):
         router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5) in `aux_loss`.
         balance_bias: routers have a bias for the choice of experts alone (see `moe.Router`).
         base_gate: MoE layers have a gate between the base and the mixture (see `moe.SparseMoE`).
+        initializer_range: standard deviation of weights that no checkpoint brings.
     """
 
     def __init__(
@@ -35,7 +86,7 @@ class _TowerConfig(PretrainedConfig):
         intermediate_size: int = 3072,
         num_hidden_layers: int = 12,
         num_attention_heads: int = 12,
-        hidden_act: str = "quick_gelu",
+        activation: str = "quick_gelu",
         layer_norm_eps: float = 1e-5,
         projection_dim: int = 512,
         projection: str = "linear",
@@ -54,7 +105,7 @@ class _TowerConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
-        self.hidden_act = hidden_act
+        self.activation = activation
         self.layer_norm_eps = layer_norm_eps
         self.projection_dim = projection_dim
         self.projection = projection
@@ -67,6 +118,7 @@ class _TowerConfig(PretrainedConfig):
         self.balance_bias = balance_bias
         self.base_gate = base_gate
         self.initializer_range = initializer_range
+        _check_choice("activation", activation, tuple(ACT2FN))
         _check_choice("projection", projection, PROJECTIONS)
         if projection == "none" and self.pooled_size != projection_dim:
             raise ValueError(f"without a projection the pooled feature of {self.pooled_size} channels must have "
@@ -145,7 +197,8 @@ class CLIPMoEVisionConfig(_TowerConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> CLIPMoEVisionConfig:
         """Also takes the folder of a whole CLIP-MoE and picks its vision part."""
         values, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return cls.from_dict(values.get("vision_config", values), **kwargs)
+        whole = values.get("model_type") == CLIPMoEConfig.model_type
+        return cls.from_dict(values["vision_config"] if whole else values, **kwargs)
 
 
 class CLIPMoETextConfig(_TowerConfig):
@@ -186,7 +239,7 @@ class CLIPMoETextConfig(_TowerConfig):
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
 
 
-class CLIPMoEConfig(PretrainedConfig):
+class CLIPMoEConfig(_Config):
     """Both towers.
 
     Args:
@@ -224,3 +277,14 @@ def _as(config_class: type, value: Any, projection_dim: int) -> Any:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} '{value}' must be one of {', '.join(choices)}")
+
+
+def _refuse_unknown(model_type: str, values: dict[str, Any]) -> None:
+    """Raises ValueError for a field that is neither ours nor one that transformers puts into every configuration."""
+    # The names that are added are written by some versions of transformers and unknown to others.
+    transformers = {*PretrainedConfig().to_dict(), "attn_implementation", "auto_map", "dtype", "name_or_path",
+                    "quantization_config", "torch_dtype", "use_cache"}
+    unknown = sorted(name for name in values if name not in transformers and not name.startswith("_"))
+    if unknown:
+        raise ValueError(f"a {model_type} has no field {', '.join(unknown)}: either it is misspelt, or a newer "
+                         "clipmoe_vlm wrote it, which must then be installed to read it")

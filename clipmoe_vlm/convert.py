@@ -19,8 +19,9 @@ from .configuration_clipmoe import CLIPMoEConfig, CLIPMoEVisionConfig
 from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
 from .open_clip_layout import architecture_values, config_of_open_clip
 from .openai_layout import config_of_shapes, names_to_official, names_to_ours
-from .processors import image_processor_of, save_tokenizer, tokenizer_of
+from .processors import image_processor_of, resize_processor, save_tokenizer, tokenizer_of
 from .runs import atomic_folder, atomic_write
+from .upcycling import resize_pictures
 from .weights import State, local, read_folder, read_json, read_weights
 
 SUPPORTED = (
@@ -50,7 +51,7 @@ def load_model(source: str | Path, architecture: str | None = None, top_k: int |
     if not isinstance(config, CLIPMoEConfig):
         raise ValueError(f"{source} holds a vision tower alone (model_type {_model_type(local(source))}): it serves as "
                          f"a VLM's vision tower, but here a text tower is needed too; {SUPPORTED}")
-    return _build(CLIPMoEModel, config, state, source)
+    return _build(config, state, source)
 
 
 def load_dense(source: str | Path, architecture: str | None = None) -> CLIPMoEModel:
@@ -87,8 +88,7 @@ def load_vision(folder: str | Path) -> CLIPMoEVisionModel:
     config, state = _read(local(folder), None, None)
     if isinstance(config, CLIPMoEConfig):
         config = config.vision_config
-    state = {name: tensor for name, tensor in state.items() if name.startswith("vision_model.")}
-    return _build(CLIPMoEVisionModel, config, state, folder)
+    return _build(config, _vision_part(state), folder)
 
 
 def processors_of(source: str | Path, architecture: str | None = None,
@@ -109,8 +109,8 @@ def processors_of(source: str | Path, architecture: str | None = None,
             tokenizer_of(source, config.text_config))
 
 
-def save_folder(model: CLIPMoEModel, folder: str | Path, image_processor: CLIPImageProcessor | None = None,
-                tokenizer: Any = None) -> None:
+def save_folder(model: CLIPMoEModel | CLIPMoEVisionModel, folder: str | Path,
+                image_processor: CLIPImageProcessor | None = None, tokenizer: Any = None) -> None:
     """Writes a model folder that is whole or not there; an older one of the same name is replaced.
 
     The text tower's `pad_token_id` becomes the tokenizer's: published configurations are wrong there (SigLIP 2's).
@@ -140,10 +140,19 @@ def save_official(model: CLIPMoEModel, file: str | Path) -> None:
 
 
 def convert(source: str, target: str, top_k: int | None = None, architecture: str | None = None,
-            to: str | None = None) -> str:
-    """The `convert` command: writes `target` and returns what to tell the user."""
+            to: str | None = None, image_size: int | None = None) -> str:
+    """The `convert` command: writes `target` and returns what to tell the user.
+
+    A folder with a vision tower alone becomes our vision tower.
+
+    Args:
+        image_size: side of the pictures that the new model is for (see `upcycling.resize_pictures`); default: the
+            source's.
+    """
     if to == "official":
         model = load_model(source, architecture, top_k)
+        if image_size is not None:
+            model = resize_pictures(model, image_size)
         if Path(target).is_dir():
             raise ValueError(f"{target} is a folder; --to official writes one file (.pt or .safetensors)")
         save_official(model, target)
@@ -153,9 +162,13 @@ def convert(source: str, target: str, top_k: int | None = None, architecture: st
         return (f"wrote {target}: in the official code, clipmoe.loadMoE('{target}', num_experts={vision.num_experts}, "
                 f"top_k={vision.num_experts_per_tok}, moe_layers={vision.num_hidden_layers - vision.first_moe_layer})")
     _check_target(Path(source), Path(target))
-    model = load_model(source, architecture, top_k)
+    model = _build(*_read(local(source), architecture, top_k), source)
     image_processor, tokenizer = processors_of(source, architecture, model.config)
+    if image_size is not None:
+        model, image_processor = resize_pictures(model, image_size), resize_processor(image_processor, image_size)
     save_folder(model, target, image_processor, tokenizer)
+    if isinstance(model, CLIPMoEVisionModel):
+        return f"wrote {target}\n{_describe('vision', model.config)}"
     lines = [f"wrote {target}", _describe("vision", model.config.vision_config),
              _describe("text", model.config.text_config)]
     if tokenizer is None:
@@ -204,23 +217,34 @@ def _read_folder(folder: Path) -> tuple[CLIPMoEConfig | CLIPMoEVisionConfig, Sta
     state = read_folder(folder, "model.safetensors", "pytorch_model.bin")
     # Checkpoints of older transformers hold the constant 0, 1, 2, ... as a buffer.
     state = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}
-    if not isinstance(config, CLIPMoEConfig) and not any(name.startswith("vision_model.") for name in state):
-        # transformers 5 saves a CLIPVisionModel without its module's name in front.
-        state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
+    if not isinstance(config, CLIPMoEConfig):
+        if not any(name.startswith("vision_model.") for name in state):
+            # transformers 5 saves a CLIPVisionModel without its module's name in front.
+            state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
+        state = _vision_part(state)
     return config, siglip_layout.names_to_ours(state, folder) if model_type.startswith("siglip") else state
 
 
+def _vision_part(state: State) -> State:
+    return {name: tensor for name, tensor in state.items() if name.startswith("vision_model.")}
+
+
 def _folder_config(folder: Path) -> CLIPMoEConfig | CLIPMoEVisionConfig:
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, and a folder with its configuration is needed here: make one with "
+                         f"`python -m clipmoe_vlm convert {folder} FOLDER`")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     model_type = _model_type(folder)
     if model_type is None:
         values = read_json(folder / "open_clip_config.json")
         return config_of_open_clip(values.get("model_cfg", values), folder)
-    if model_type == "clip_moe":
-        return CLIPMoEConfig.from_pretrained(folder)
-    if model_type == "clip_moe_vision_model":
-        return CLIPMoEVisionConfig.from_pretrained(folder)
+    for ours in (CLIPMoEConfig, CLIPMoEVisionConfig):
+        if model_type == ours.model_type:
+            try:
+                return ours.from_pretrained(folder)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{folder / 'config.json'}: {error}") from error
     if model_type == "clip_vision_model":
         return CLIPMoEVisionConfig(**_vision_values(CLIPVisionConfig.from_pretrained(folder)))
     if model_type == "clip":
@@ -256,9 +280,9 @@ def _model_type(folder: Path) -> str | None:
 
 
 def _tower_values(config: CLIPConfig) -> dict[str, Any]:
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-             "layer_norm_eps", "initializer_range")
-    return {name: getattr(config, name) for name in names}
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps",
+             "initializer_range")
+    return {"activation": config.hidden_act, **{name: getattr(config, name) for name in names}}
 
 
 def _vision_values(config: CLIPVisionConfig) -> dict[str, Any]:
@@ -266,9 +290,9 @@ def _vision_values(config: CLIPVisionConfig) -> dict[str, Any]:
     return {**_tower_values(config), **{name: getattr(config, name) for name in names}}
 
 
-def _build(model_class: type, config: Any, state: State, source: str | Path) -> Any:
+def _build(config: CLIPMoEConfig | CLIPMoEVisionConfig, state: State, source: str | Path) -> Any:
     dtypes = {tensor.dtype for tensor in state.values()}
-    model = model_class(config)
+    model = (CLIPMoEModel if isinstance(config, CLIPMoEConfig) else CLIPMoEVisionModel)(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
@@ -278,7 +302,16 @@ def _build(model_class: type, config: Any, state: State, source: str | Path) -> 
                          f"tensors, for example {name}: expected {expected.get(name, 'none')}, found "
                          f"{found.get(name, 'none')}")
     model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    # A host that loads itself may build us on the way, with empty tensors and none of its own weights for ours: ours
+    # are then put in their place, and marked, or it would initialise them at random.
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            empty = torch.empty_like(parameter, device="cpu")
+            model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(empty)
     model.load_state_dict(state)
+    for module in model.modules():
+        module._is_hf_initialized = True
     return model.eval()
 
 
@@ -290,7 +323,8 @@ def _check_target(source: Path, target: Path) -> None:
         raise ValueError(f"{target} is the source itself; name another folder")
     if target.is_dir() and any(target.iterdir()):
         file = target / "config.json"
-        if not file.is_file() or read_json(file).get("model_type") != CLIPMoEConfig.model_type:
+        ours = (CLIPMoEConfig.model_type, CLIPMoEVisionConfig.model_type)
+        if not file.is_file() or read_json(file).get("model_type") not in ours:
             raise ValueError(f"{target} exists and is no CLIP-MoE folder: it would be replaced; name another folder")
 
 

@@ -8,43 +8,18 @@ Shapes: B batch, T tokens, D hidden size, E experts, C channels, P projection si
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig, _TowerConfig
-from .moe import Experts, Router, SparseMoE, load_balancing_loss, router_z_loss
-
-HiddenStatesWanted = bool | int | Sequence[int] | None
-
-
-@dataclass
-class CLIPMoETowerOutput(ModelOutput):
-    """Output of one tower.
-
-    Attributes:
-        last_hidden_state: `[B, T, D]`, the last computed block's output (the text tower's after its final norm).
-        pooler_output: `[B, D]`; None if the last block was not needed.
-        hidden_states: `num_hidden_layers + 1` entries `[B, T, D]`: the first block's input, then each block's output;
-            None in place of a block that was not computed.
-        router_logits: `[B * T, E]` for each computed MoE layer; each token's experts are those of its top k.
-        aux_loss: scalar to add to a training loss: `balance_loss + router_z_loss_coef * z-loss`, or zero while no
-            router trains.
-        balance_loss: scalar, the measured load-balancing loss (see `moe.load_balancing_loss`); zero in a dense tower.
-    """
-
-    last_hidden_state: Tensor | None = None
-    pooler_output: Tensor | None = None
-    hidden_states: tuple[Tensor | None, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    aux_loss: Tensor | None = None
-    balance_loss: Tensor | None = None
+from .encoder import CLIPMoEEncoder, CLIPMoEMLP, CLIPMoETowerOutput, HiddenStatesWanted, attention
+from .moe import Experts, Router
 
 
 @dataclass
@@ -61,148 +36,65 @@ class CLIPMoEOutput(ModelOutput):
     text_balance_loss: Tensor | None = None
 
 
-class CLIPMoEAttention(nn.Module):
-    def __init__(self, config: _TowerConfig):
-        super().__init__()
-        size = config.hidden_size
-        self.head_dim = size // config.num_attention_heads
-        self.is_causal = getattr(config, "is_causal", False)  # pictures have no direction
-        self.q_proj = nn.Linear(size, size)
-        self.k_proj = nn.Linear(size, size)
-        self.v_proj = nn.Linear(size, size)
-        self.out_proj = nn.Linear(size, size)
+def interpolate_positions(weight: Tensor, class_tokens: int, old_grid: tuple[int, int],
+                          new_grid: tuple[int, int]) -> Tensor:
+    """Position embeddings for another grid of patches, bicubic as in transformers' CLIP, in float32 inside.
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[B, T, D]` -> `[B, T, D]`."""
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+    Args:
+        weight: `[class_tokens + h * w, D]`: positions of class tokens, which are kept, then of the patches row by row.
+        old_grid: `(h, w)`.
+        new_grid: `(h', w')`.
 
-
-class CLIPMoEMLP(nn.Module):
-    def __init__(self, config: _TowerConfig):
-        super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
-        """`[B, T, D]` -> `[B, T, D]` and, for the MoE layer's place, no router logits."""
-        return self.fc2(self.activation_fn(self.fc1(hidden_states))), None
-
-
-class CLIPMoEEncoderLayer(nn.Module):
-    """A pre-norm transformer block whose feed-forward layer is dense or a mixture of experts."""
-
-    def __init__(self, config: _TowerConfig, layer: int):
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = CLIPMoEAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        if config.is_moe_layer(layer):
-            self.mlp: nn.Module = SparseMoE(
-                config.num_experts, config.num_experts_per_tok, config.hidden_size, config.intermediate_size,
-                ACT2FN[config.hidden_act], config.expert_dropout, config.balance_bias, config.base_gate,
-            )
-        else:
-            self.mlp = CLIPMoEMLP(config)
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`[B, T, D]` -> `[B, T, D]` and router logits `[B * T, E]` (None if dense)."""
-        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))
-        update, router_logits = self.mlp(self.layer_norm2(hidden_states))
-        return hidden_states + update, router_logits
-
-
-class CLIPMoEEncoder(nn.Module):
-    def __init__(self, config: _TowerConfig):
-        super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList(CLIPMoEEncoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.gradient_checkpointing = False
-
-    def forward(self, hidden_states: Tensor, output_hidden_states: HiddenStatesWanted = None,
-                token_mask: Tensor | None = None) -> CLIPMoETowerOutput:
-        """Runs the blocks on `[B, T, D]`.
-
-        Args:
-            output_hidden_states: true for all; an index or several (negative ones from the end, 0 is the input) for
-                just those, and then no block beyond the highest is computed.
-            token_mask: `[B, T]`, the tokens that count in the balance loss (default: all).
-        """
-        depth = len(self.layers)
-        wanted = wanted_hidden_states(output_hidden_states, depth)
-        blocks = depth if wanted is None or isinstance(output_hidden_states, bool) else max(wanted)
-        kept: list[Tensor | None] = [None] * (depth + 1)
-        kept[0] = hidden_states
-        router_logits = []
-        for index, layer in enumerate(self.layers[:blocks], start=1):
-            if self.gradient_checkpointing and self.training:
-                hidden_states, logits = self._gradient_checkpointing_func(layer.__call__, hidden_states)
-            else:
-                hidden_states, logits = layer(hidden_states)
-            if wanted is not None and index in wanted:
-                kept[index] = hidden_states
-            if logits is not None:
-                router_logits.append(logits)
-        balance_loss = aux_loss = hidden_states.new_zeros((), dtype=torch.float32)
-        if router_logits:
-            balance_loss = load_balancing_loss(router_logits, self.config.num_experts_per_tok,
-                                               None if token_mask is None else token_mask.flatten())
-            if any(module.weight.requires_grad for module in self.modules() if isinstance(module, Router)):
-                aux_loss = balance_loss
-                if self.config.router_z_loss_coef:
-                    aux_loss = aux_loss + self.config.router_z_loss_coef * router_z_loss(router_logits)
-        return CLIPMoETowerOutput(
-            last_hidden_state=hidden_states,
-            hidden_states=None if wanted is None else tuple(kept),
-            router_logits=tuple(router_logits),
-            aux_loss=aux_loss,
-            balance_loss=balance_loss,
-        )
-
-
-def wanted_hidden_states(output_hidden_states: HiddenStatesWanted, depth: int) -> set[int] | None:
-    """Indices 0..depth of the hidden states asked for, None for none of them.
+    Returns:
+        `[class_tokens + h' * w', D]` in the dtype of `weight`; differentiable.
 
     Raises:
-        ValueError: an index out of range.
+        ValueError: `weight` has not that many positions.
     """
-    if output_hidden_states is None or output_hidden_states is False:
-        return None
-    if output_hidden_states is True:
-        return set(range(depth + 1))
-    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else list(output_hidden_states)
-    for index in indices:
-        if not -depth - 1 <= index <= depth:
-            raise ValueError(f"hidden state {index} does not exist: {depth} blocks have the hidden states "
-                             f"{-depth - 1}..{depth}")
-    return {index % (depth + 1) for index in indices}
+    if len(weight) != class_tokens + old_grid[0] * old_grid[1]:
+        raise ValueError(f"{len(weight)} positions are not those of {class_tokens} class tokens and a grid of "
+                         f"{old_grid[0]}x{old_grid[1]} patches")
+    if tuple(new_grid) == tuple(old_grid):
+        return weight
+    grid = weight[class_tokens:].float().T.unflatten(1, old_grid).unsqueeze(0)
+    grid = F.interpolate(grid, size=tuple(new_grid), mode="bicubic", align_corners=False)
+    return torch.cat([weight[:class_tokens], grid.squeeze(0).flatten(1).T.to(weight.dtype)])
 
 
 class CLIPMoEVisionEmbeddings(nn.Module):
     def __init__(self, config: CLIPMoEVisionConfig):
         super().__init__()
-        self.image_size = config.image_size
+        self.config = config
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size)) if config.class_token else None
         self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size,
                                          bias=config.patch_bias)
         self.position_embedding = nn.Embedding(config.num_patches + config.class_token, config.hidden_size)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """`[B, C, H, W]` -> `[B, T, D]`: the class token, if there is one, then the patches row by row."""
-        if pixel_values.shape[-2:] != (self.image_size, self.image_size):
-            height, width = pixel_values.shape[-2:]
-            raise ValueError(f"this tower takes pictures of {self.image_size}x{self.image_size} pixels, got "
-                             f"{height}x{width}: prepare them with the image processor of its folder")
+        positions = self._positions(*pixel_values.shape[-2:], pixel_values.device, interpolate_pos_encoding)
         tokens = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         if self.class_embedding is not None:
             class_token = self.class_embedding.to(tokens.dtype).expand(len(tokens), 1, -1)
             tokens = torch.cat([class_token, tokens], dim=1)
-        return tokens + self.position_embedding.weight
+        return tokens + positions
+
+    def _positions(self, height: int, width: int, device: torch.device, interpolate: bool) -> Tensor:
+        """`[T, D]` for pictures of this size."""
+        size, patch = self.config.image_size, self.config.patch_size
+        # Through its forward, not by its weight: device_map may have put the table elsewhere.
+        positions = self.position_embedding(torch.arange(self.position_embedding.num_embeddings, device=device))
+        if (height, width) == (size, size):
+            return positions
+        if not interpolate:
+            raise ValueError(f"this tower takes pictures of {size}x{size} pixels, got {height}x{width}: prepare them "
+                             "with the image processor of its folder, or pass interpolate_pos_encoding=True")
+        if height % patch or width % patch:
+            raise ValueError(f"pictures of {height}x{width} pixels cannot be cut into patches of {patch}x{patch}: both "
+                             f"sides must be multiples of {patch}")
+        side = size // patch
+        return interpolate_positions(positions, int(self.config.class_token), (side, side),
+                                     (height // patch, width // patch))
 
 
 class CLIPMoEPoolingHead(nn.Module):
@@ -213,6 +105,7 @@ class CLIPMoEPoolingHead(nn.Module):
 
     def __init__(self, config: CLIPMoEVisionConfig):
         super().__init__()
+        self.config = config
         size, pooled_size = config.hidden_size, config.pooled_size
         self.num_heads = config.num_pooling_heads or config.num_attention_heads
         self.query = nn.Parameter(torch.empty(pooled_size))
@@ -235,7 +128,7 @@ class CLIPMoEPoolingHead(nn.Module):
         query = self.q_proj(query).expand(len(tokens), 1, -1)
         query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                              for part in (query, self.k_proj(tokens), self.v_proj(tokens)))
-        pooled = self.out_proj(F.scaled_dot_product_attention(query, key, value).flatten(1))
+        pooled = self.out_proj(attention(self.config, query, key, value).flatten(1))
         return pooled if self.mlp is None else pooled + self.mlp(self.mlp_norm(pooled))[0]
 
 
@@ -251,14 +144,19 @@ class CLIPMoEVisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(normed_size, eps=config.layer_norm_eps)
         self.head = CLIPMoEPoolingHead(config) if config.pooling in ("map", "attention") else None
 
-    def forward(self, pixel_values: Tensor, output_hidden_states: HiddenStatesWanted = None) -> CLIPMoETowerOutput:
-        tokens = self.embeddings(pixel_values)
+    def forward(self, pixel_values: Tensor, output_hidden_states: HiddenStatesWanted = None,
+                interpolate_pos_encoding: bool = False, picture_mask: Tensor | None = None) -> CLIPMoETowerOutput:
+        """See `CLIPMoEVisionModel.forward`."""
+        tokens = self.embeddings(pixel_values, interpolate_pos_encoding)
         if self.pre_layrnorm is not None:
             tokens = self.pre_layrnorm(tokens)
-        output = self.encoder(tokens, output_hidden_states)
+        if picture_mask is not None:
+            picture_mask = picture_mask.to(tokens.device).unsqueeze(1).expand(tokens.shape[:2])
+        output = self.encoder(tokens, output_hidden_states, token_mask=picture_mask)
         depth = self.config.num_hidden_layers
         if output.hidden_states is None or output_hidden_states is True or output.hidden_states[depth] is not None:
-            output.pooler_output = self._pool(output.last_hidden_state)
+            # A new output: what is assigned to a field that was None is not among a ModelOutput's keys and its tuple.
+            output = CLIPMoETowerOutput(**{**output, "pooler_output": self._pool(output.last_hidden_state)})
         return output
 
     def _pool(self, tokens: Tensor) -> Tensor:
@@ -287,7 +185,7 @@ class CLIPMoETextEmbeddings(nn.Module):
         if length > longest:
             raise ValueError(f"a text of {length} tokens is too long for this model's {longest} positions: "
                              "tokenise with truncation=True")
-        return self.token_embedding(input_ids) + self.position_embedding.weight[:length]
+        return self.token_embedding(input_ids) + self.position_embedding(torch.arange(length, device=input_ids.device))
 
 
 class CLIPMoETextTransformer(nn.Module):
@@ -307,10 +205,9 @@ class CLIPMoETextTransformer(nn.Module):
         the balance loss; the public code counts it in.
         """
         output = self.encoder(self.embeddings(input_ids), output_hidden_states, token_mask=attention_mask)
-        output.last_hidden_state = self.final_layer_norm(output.last_hidden_state)
-        rows = torch.arange(len(input_ids), device=input_ids.device)
-        output.pooler_output = output.last_hidden_state[rows, self.pooled_position(input_ids)]
-        return output
+        last = self.final_layer_norm(output.last_hidden_state)
+        pooled = last[torch.arange(len(input_ids), device=input_ids.device), self.pooled_position(input_ids)]
+        return CLIPMoETowerOutput(**{**output, "last_hidden_state": last, "pooler_output": pooled})
 
     def pooled_position(self, input_ids: Tensor) -> Tensor:
         """`[B, T]` -> `[B]`: the position whose feature stands for the text."""
@@ -343,6 +240,19 @@ def _projection(config: CLIPMoEVisionConfig | CLIPMoETextConfig) -> nn.Module:
 
 
 class CLIPMoEPreTrainedModel(PreTrainedModel):
+    """What a host of transformers' family can rely on, from 4.36 on:
+
+    - `attn_implementation`: "eager" is written out; whatever else a host asks for or hands down ("sdpa", None,
+      "flash_attention_2", ...) is torch's `scaled_dot_product_attention`, which on a GPU takes its own flash kernel in
+      half precision. The package flash-attn is not needed and not used. Attention weights are not returned.
+    - `torch_dtype`/`dtype` in half precision: routers, balance losses and attention's softmax stay in float32.
+    - 8- and 4-bit loading quantises the plain linear layers alone; routers and the stacked experts keep their dtype.
+    - `device_map`: a block is never split.
+    - `torch.compile(model, fullgraph=True)`: no graph breaks. Other than in bfloat16 on a GPU with torch >= 2.10, a
+      compiled MoE layer computes every expert on every token: the same numbers for E / K times the work.
+    - gradient checkpointing, reentrant or not: equal losses and gradients, whichever part trains.
+    """
+
     config_class = CLIPMoEConfig
     base_model_prefix = "clip_moe"
     supports_gradient_checkpointing = True
@@ -350,12 +260,10 @@ class CLIPMoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range if hasattr(self.config, "initializer_range") else 0.02
+        # Modules do not know their tower: of a whole model, the vision tower's range counts for all.
+        std = getattr(self.config, "vision_config", self.config).initializer_range
         if isinstance(module, Router):
-            bound = module.in_features**-0.5  # torch's default for Linear, as in the public code
-            nn.init.uniform_(module.weight, -bound, bound)
-            if module.balance_bias is not None:
-                nn.init.zeros_(module.balance_bias)
+            module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
@@ -377,6 +285,27 @@ class CLIPMoEPreTrainedModel(PreTrainedModel):
             if module.logit_bias is not None:
                 nn.init.constant_(module.logit_bias, self.config.logit_bias_init_value)
 
+    # transformers 4 asks the first of these methods which attention to use, transformers 5 the others.
+    @classmethod
+    def _autoset_attn_implementation(cls, config: CLIPMoEConfig | _TowerConfig, *args: Any, **kwargs: Any) -> Any:
+        for part in (config, *(getattr(config, name) for name in getattr(config, "sub_configs", ()))):
+            part._attn_implementation = _known_attention(config._attn_implementation_internal)
+        return config
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        return _known_attention(attn_implementation)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        return _known_attention(requested_attention)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+
+def _known_attention(asked: str | None) -> str:
+    return "eager" if asked == "eager" else "sdpa"
+
 
 class CLIPMoEVisionModel(CLIPMoEPreTrainedModel):
     """The vision tower alone: what VLMs load. Loads from its own folder or from that of a whole CLIP-MoE."""
@@ -395,11 +324,25 @@ class CLIPMoEVisionModel(CLIPMoEPreTrainedModel):
         return self.vision_model.embeddings.patch_embedding
 
     def forward(self, pixel_values: Tensor, output_hidden_states: HiddenStatesWanted = None,
-                return_dict: bool | None = None) -> CLIPMoETowerOutput | tuple:
-        """`pixel_values` `[B, C, H, W]`; `output_hidden_states`: see `CLIPMoEEncoder.forward`."""
+                return_dict: bool | None = None, interpolate_pos_encoding: bool = False,
+                picture_mask: Tensor | None = None, **unused: Any) -> CLIPMoETowerOutput | tuple:
+        """Encodes pictures.
+
+        Args:
+            pixel_values: `[B, C, H, W]`, of the size in the configuration.
+            output_hidden_states: see `CLIPMoEEncoder.forward`; default: the configuration's.
+            return_dict: False for a tuple of what is not None.
+            interpolate_pos_encoding: allow pictures of another size, oblong too, whose sides are multiples of the
+                patch; the position embeddings are interpolated (see `interpolate_positions`).
+            picture_mask: `[B]`, true for the pictures that count in the balance loss and the z-loss (default: all).
+            unused: today's Llava hands its tower whatever it was called with (`num_items_in_batch`, ...).
+
+        Raises:
+            ValueError: pictures of another size, or a hidden state out of range.
+        """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        output = self.vision_model(pixel_values, output_hidden_states)
+        output = self.vision_model(pixel_values, output_hidden_states, interpolate_pos_encoding, picture_mask)
         return output.to_tuple() if return_dict is False else output
 
 
@@ -417,25 +360,33 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.embeddings.token_embedding
+
+    def get_image_features(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """`[B, C, H, W]` -> image features `[B, P]`, not normalised."""
-        return self.visual_projection(self.vision_model(pixel_values).pooler_output)
+        vision = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return self.visual_projection(vision.pooler_output)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """`[B, T]` -> text features `[B, P]`, not normalised."""
         return self.text_projection(self.text_model(input_ids, attention_mask).pooler_output)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None,
-                output_hidden_states: HiddenStatesWanted = None) -> CLIPMoEOutput:
-        """`input_ids` `[B', T]`, `pixel_values` `[B, C, H, W]` -> CLIP's outputs and both towers' balance losses."""
-        vision = self.vision_model(pixel_values, output_hidden_states)
+                output_hidden_states: HiddenStatesWanted = None, return_dict: bool | None = None,
+                interpolate_pos_encoding: bool = False) -> CLIPMoEOutput | tuple:
+        """`input_ids` `[B', T]`, `pixel_values` `[B, C, H, W]` -> CLIP's outputs and both towers' balance losses.
+
+        The other arguments are those of `CLIPMoETextTransformer.forward` and `CLIPMoEVisionModel.forward`.
+        """
+        vision = self.vision_model(pixel_values, output_hidden_states, interpolate_pos_encoding)
         text = self.text_model(input_ids, attention_mask, output_hidden_states)
         image_embeds = F.normalize(self.visual_projection(vision.pooler_output), dim=-1)
         text_embeds = F.normalize(self.text_projection(text.pooler_output), dim=-1)
         logits_per_text = self.logit_scale.exp() * text_embeds @ image_embeds.T
         if self.logit_bias is not None:
             logits_per_text = logits_per_text + self.logit_bias
-        return CLIPMoEOutput(
+        output = CLIPMoEOutput(
             logits_per_image=logits_per_text.T,
             logits_per_text=logits_per_text,
             text_embeds=text_embeds,
@@ -445,3 +396,4 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
             image_balance_loss=vision.balance_loss,
             text_balance_loss=text.balance_loss,
         )
+        return output.to_tuple() if return_dict is False else output

@@ -11,9 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Older torch has no such function (2.0 and 2.1), and does not compile this model without graph breaks.
+_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 
-class Router(nn.Linear):
+
+class Router(nn.Module):
     """Linear router without a trained bias, computed in float32 whatever the model's dtype or autocast.
+
+    No `nn.Linear`, so that what replaces those by kind (8- and 4-bit loading, peft's "all-linear") leaves it alone.
 
     Args:
         balance_bias: add a bias per expert to the logits that choose the experts, but not to those that weigh them. No
@@ -23,9 +28,18 @@ class Router(nn.Linear):
     """
 
     def __init__(self, hidden_size: int, num_experts: int, balance_bias: bool = False, base_gate: bool = False):
-        super().__init__(hidden_size, num_experts, bias=False)
-        self.register_buffer("balance_bias", torch.zeros(num_experts) if balance_bias else None)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_buffer("balance_bias", torch.empty(num_experts) if balance_bias else None)
         self.base_gate = nn.Linear(hidden_size, hidden_size) if base_gate else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Torch's default for `nn.Linear`, as in the public code; the balance bias is zero."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.balance_bias is not None:
+            nn.init.zeros_(self.balance_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[N, D]` -> router logits `[N, E]`, float32, with the balance bias: their top k are the experts."""
@@ -58,13 +72,16 @@ class Experts(nn.Module):
         Returns:
             `[N, D]`.
         """
+        grouped = _has_grouped_mm(hidden_states, self.fc1_weight)
+        if _is_compiling() and not grouped:
+            return self._dense(hidden_states, chosen, weights)
         tokens, top_k = chosen.shape
         # One stable sort brings all rows of an expert together. Rows only ever change places (here, and when the sort
         # is undone, instead of scattering with atomics): sums keep their order, and so results stay the same.
         order = chosen.flatten().argsort(stable=True)
         rows = hidden_states.repeat_interleave(top_k, 0).index_select(0, order)
         expert_of_row = F.one_hot(chosen.flatten()[order], self.fc1_weight.shape[0])
-        outputs = (self._grouped if _has_grouped_mm(rows, self.fc1_weight) else self._looped)(rows, expert_of_row)
+        outputs = (self._grouped if grouped else self._looped)(rows, expert_of_row)
         outputs = outputs.index_select(0, order.argsort()).view(tokens, top_k, -1)
         return (outputs * weights.to(outputs.dtype).unsqueeze(-1)).sum(1)
 
@@ -91,6 +108,16 @@ class Experts(nn.Module):
                       self.fc2_weight.unbind(), self.fc2_bias.unbind(), strict=True)
         return torch.cat([F.linear(self._hidden(F.linear(part, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
                           for part, fc1_weight, fc1_bias, fc2_weight, fc2_bias in experts])
+
+    def _dense(self, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """As `forward`, every expert on every token: E / K times the work, but no shape that depends on the routing,
+        as torch.compile needs for one whole graph where there is no grouped product."""
+        shares = weights.new_zeros(len(chosen), len(self.fc1_weight)).scatter(1, chosen, weights)
+        output = torch.zeros_like(hidden_states)
+        for expert, share in enumerate(shares.to(hidden_states.dtype).unbind(1)):
+            hidden = self._hidden(F.linear(hidden_states, self.fc1_weight[expert], self.fc1_bias[expert]))
+            output = output + share[:, None] * F.linear(hidden, self.fc2_weight[expert], self.fc2_bias[expert])
+        return output
 
 
 class SparseMoE(nn.Module):
@@ -124,13 +151,13 @@ class SparseMoE(nn.Module):
         return output.view_as(hidden_states), router_logits
 
 
-def _has_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
+def _has_grouped_mm(tokens: Tensor, weight: Tensor) -> bool:
     """Whether torch has the kernel for this GPU and dtype; it wants rows that start at multiples of 16 bytes."""
-    if not hasattr(F, "grouped_mm") or rows.device.type != "cuda":
+    if not hasattr(F, "grouped_mm") or tokens.device.type != "cuda":
         return False
-    autocast = torch.is_autocast_enabled(rows.device.type)
-    dtype = torch.get_autocast_dtype(rows.device.type) if autocast else rows.dtype
-    return (dtype is torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    autocast = torch.is_autocast_enabled(tokens.device.type)
+    dtype = torch.get_autocast_dtype(tokens.device.type) if autocast else tokens.dtype
+    return (dtype is torch.bfloat16 and torch.cuda.get_device_capability(tokens.device) >= (8, 0)
             and all(size * dtype.itemsize % 16 == 0 for size in weight.shape[1:]))
 
 
@@ -148,15 +175,24 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, token_mask:
         scalar, float32; differentiable through `mean[p_e]` only.
     """
     logits = torch.stack(tuple(router_logits))
-    if token_mask is not None:
-        logits = logits[:, token_mask.bool()]
     probabilities = logits.softmax(-1)
     chosen = probabilities.topk(top_k, dim=-1).indices
     num_experts = logits.shape[-1]
-    fractions = F.one_hot(chosen, num_experts).float().mean((0, 1))
-    return num_experts * (fractions * probabilities.mean((0, 1))).sum()
+    fractions = F.one_hot(chosen, num_experts).float()
+    if token_mask is None:
+        return num_experts * (fractions.mean((0, 1)) * probabilities.mean((0, 1))).sum()
+    # Weights instead of indexing by the mask, whose shape would depend on the data (a wait for the GPU).
+    share = token_mask.float() / (len(logits) * token_mask.sum())
+    fractions = torch.einsum("n,lnke->ke", share, fractions)
+    return num_experts * (fractions * torch.einsum("n,lne->e", share, probabilities)).sum()
 
 
-def router_z_loss(router_logits: Sequence[Tensor]) -> Tensor:
-    """Mean of `logsumexp(logits)^2` over all MoE layers and tokens (ST-MoE, arXiv 2202.08906, eq. 5). Scalar."""
-    return torch.stack(tuple(router_logits)).logsumexp(-1).square().mean()
+def router_z_loss(router_logits: Sequence[Tensor], token_mask: Tensor | None = None) -> Tensor:
+    """Mean of `logsumexp(logits)^2` over all MoE layers and tokens (ST-MoE, arXiv 2202.08906, eq. 5). Scalar.
+
+    Args as for `load_balancing_loss`.
+    """
+    squares = torch.stack(tuple(router_logits)).logsumexp(-1).square()
+    if token_mask is None:
+        return squares.mean()
+    return (squares * token_mask).sum() / (len(squares) * token_mask.sum())

@@ -117,7 +117,7 @@ def _common_values(values: dict[str, Any], width: int, quick_gelu: bool, source:
     activation = "gelu_pytorch_tanh" if act.get("approximate") == "tanh" else "gelu"
     return {
         "hidden_size": width, "intermediate_size": int(width * values.get("mlp_ratio", 4.0)),
-        "num_hidden_layers": values.get("layers", 12), "hidden_act": "quick_gelu" if quick_gelu else activation,
+        "num_hidden_layers": values.get("layers", 12), "activation": "quick_gelu" if quick_gelu else activation,
         "layer_norm_eps": norm.get("eps", 1e-5),
     }
 

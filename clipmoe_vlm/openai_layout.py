@@ -201,7 +201,7 @@ def _tower_of_shapes(state: State, prefix: str, top_k: int | None, source: str |
     intermediate_size, width = state[fc1].shape
     return {
         "hidden_size": width, "intermediate_size": intermediate_size, "num_hidden_layers": depth,
-        "num_attention_heads": width // 64, "hidden_act": "quick_gelu", "num_experts": num_experts,
+        "num_attention_heads": width // 64, "activation": "quick_gelu", "num_experts": num_experts,
         "num_experts_per_tok": top_k if num_experts > 1 else 1, "first_moe_layer": experts.count(0) % depth,
     }
 
@@ -219,7 +219,7 @@ def _check_official(config: CLIPMoEConfig) -> None:
     vision, text = config.vision_config, config.text_config
     for name, tower in (("vision", vision), ("text", text)):
         fixed = [
-            ("hidden_act", tower.hidden_act, "quick_gelu"),
+            ("activation", tower.activation, "quick_gelu"),
             ("layer_norm_eps", tower.layer_norm_eps, 1e-5),
             ("num_attention_heads", tower.num_attention_heads, tower.hidden_size // 64),
             ("intermediate_size", tower.intermediate_size, 4 * tower.hidden_size),

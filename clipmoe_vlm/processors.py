@@ -49,6 +49,15 @@ def image_processor_of(source: str | Path, image_size: int, architecture: str | 
                               resample=resample, **kwargs)
 
 
+def resize_processor(processor: CLIPImageProcessor, image_size: int) -> CLIPImageProcessor:
+    """The same processor for pictures of `image_size` pixels; a margin that is cut off keeps its share."""
+    values, square = processor.to_dict(), {"height": image_size, "width": image_size}
+    edge = values["size"].get("shortest_edge")
+    old = (values.get("crop_size") or {}).get("height", edge)
+    size = square if edge is None else {"shortest_edge": round(edge * image_size / old)}
+    return CLIPImageProcessor.from_dict({**values, "size": size, "crop_size": square})
+
+
 def _transformers_preprocessing(source: Path) -> dict[str, Any] | None:
     """What transformers saved beside a model; nothing but the class's own defaults for a SigLIP that came without."""
     if (source / "preprocessor_config.json").is_file():

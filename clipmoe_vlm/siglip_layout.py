@@ -13,7 +13,7 @@ from .configuration_clipmoe import CLIPMoEConfig
 from .weights import State, Tensors, split
 
 BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+        "activation": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 BASE_VISION = {**BASE, "image_size": 224, "patch_size": 16, "num_channels": 3}
 BASE_TEXT = {**BASE, "vocab_size": 32000, "max_position_embeddings": 64, "pad_token_id": 1, "bos_token_id": 49406,
              "eos_token_id": 49407}
@@ -26,7 +26,7 @@ TEXT = {"is_causal": False, "pooling": "last", "projection_bias": True}
 def config_of_siglip(values: dict[str, Any], source: str | Path) -> CLIPMoEConfig:
     """The `config.json` of a `SiglipModel` -> ours."""
     text = values.get("text_config") or {}
-    text_values = {name: text.get(name, value) for name, value in BASE_TEXT.items()}
+    text_values = _values(text, BASE_TEXT)
     return CLIPMoEConfig(
         vision_config=vision_values(values.get("vision_config") or {}, source),
         text_config={**text_values, **TEXT},
@@ -44,8 +44,12 @@ def vision_values(values: dict[str, Any], source: str | Path) -> dict[str, Any]:
     if values.get("vision_use_head") is False:
         raise ValueError(f"{source} has a SigLIP vision tower without its pooling head (vision_use_head: false); "
                          "supported are those with it")
-    ours = {name: values.get(name, value) for name, value in BASE_VISION.items()}
+    ours = _values(values, BASE_VISION)
     return {**ours, **VISION, "projection_dim": ours["hidden_size"]}
+
+
+def _values(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    return {name: values.get("hidden_act" if name == "activation" else name, value) for name, value in base.items()}
 
 
 def names_to_ours(state: State, source: str | Path) -> State:

@@ -58,7 +58,7 @@ def config_of_trunk(values: dict[str, Any], embed_dim: int, source: str | Path) 
     return {
         "hidden_size": trunk.embed_dim, "intermediate_size": block.mlp.fc1.out_features,
         "num_hidden_layers": len(trunk.blocks), "num_attention_heads": block.attn.num_heads,
-        "hidden_act": _activation(block.mlp.act, where), "layer_norm_eps": norm.eps,
+        "activation": _activation(block.mlp.act, where), "layer_norm_eps": norm.eps,
         "image_size": square(trunk.patch_embed.img_size, where),
         "patch_size": square(trunk.patch_embed.patch_size, where),
         "class_token": trunk.cls_token is not None, "patch_bias": trunk.patch_embed.proj.bias is not None,

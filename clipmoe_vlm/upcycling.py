@@ -8,15 +8,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .configuration_clipmoe import CLIPMoEConfig
-from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
+from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel, interpolate_positions
 from .moe import Experts, Router, SparseMoE
 
+Model = TypeVar("Model", CLIPMoEModel, CLIPMoEVisionModel)
 TOWERS = ("vision", "text")
 STACKED = {"fc1.weight": "fc1_weight", "fc1.bias": "fc1_bias", "fc2.weight": "fc2_weight", "fc2.bias": "fc2_bias"}
 
@@ -120,7 +121,7 @@ def randomize_routers(model: CLIPMoEModel, seed: int) -> CLIPMoEModel:
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     for router in _routers(model):
-        bound = router.in_features**-0.5
+        bound = router.weight.shape[1] ** -0.5
         weight = torch.empty(router.weight.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
             router.weight.copy_(weight)
@@ -161,6 +162,38 @@ def stretch_text_positions(model: CLIPMoEModel, length: int = 248) -> CLIPMoEMod
     name = "text_model.embeddings.position_embedding.weight"
     longer.load_state_dict({**model.state_dict(), name: torch.cat([old[:kept], stretched.to(old.dtype)])})
     return longer.eval()
+
+
+def resize_pictures(model: Model, image_size: int) -> Model:
+    """The same model for pictures of `image_size` pixels: the patches' positions are interpolated, the rest stays.
+
+    Interpolated as transformers does at run time for `interpolate_pos_encoding=True`, whatever library the weights come
+    from, so that the order of conversions does not matter. open_clip and timm use another bicubic filter for theirs
+    (antialiased, with PIL's coefficient). Positions made of sines are interpolated too, as open_clip does with them:
+    the formula continued beyond the trained grid would be new to the blocks.
+
+    Raises:
+        ValueError: `image_size` is no multiple of the patch size.
+    """
+    whole = isinstance(model, CLIPMoEModel)
+    vision = model.config.vision_config if whole else model.config
+    if image_size < vision.patch_size or image_size % vision.patch_size:
+        raise ValueError(f"a picture size of {image_size} px is no multiple of this tower's patch size of "
+                         f"{vision.patch_size} px; the nearest are {_multiples_around(image_size, vision.patch_size)}")
+    values = model.config.to_dict()
+    (values["vision_config"] if whole else values)["image_size"] = image_size
+    name = "vision_model.embeddings.position_embedding.weight"
+    state = model.state_dict()
+    old, new = vision.image_size // vision.patch_size, image_size // vision.patch_size
+    state[name] = interpolate_positions(state[name], int(vision.class_token), (old, old), (new, new))
+    resized = type(model)(type(model.config)(**values)).to(model.dtype)
+    resized.load_state_dict(state)
+    return resized.eval()
+
+
+def _multiples_around(size: int, patch: int) -> str:
+    below = size // patch * patch
+    return f"{below} and {below + patch}" if below >= patch else str(patch)
 
 
 def _routers(model: nn.Module) -> Iterator[Router]:

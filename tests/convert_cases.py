@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,17 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.family}: {self.special}"
+
+
+def outputs_of_blocks(blocks: Iterable[nn.Module], run: Callable[..., Any], *arguments: Tensor
+                      ) -> tuple[Any, list[Tensor]]:
+    """What `run` returns, and each block's output."""
+    outputs = []
+    hooks = [block.register_forward_hook(lambda module, inputs, output: outputs.append(output)) for block in blocks]
+    result = run(*arguments)
+    for hook in hooks:
+        hook.remove()
+    return result, [output[0] if isinstance(output, tuple) else output for output in outputs]
 
 
 def _randomised(model: nn.Module) -> nn.Module:

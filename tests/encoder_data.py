@@ -30,9 +30,9 @@ def save_tiny_clip(folder: Path) -> None:
     torch.manual_seed(1)
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = CLIPMoEModel(CLIPMoEConfig(
-        vision_config={**tower, "image_size": 16, "patch_size": 8, "initializer_range": 0.2},
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
         text_config={**tower, "vocab_size": len(words), "max_position_embeddings": 16, "pad_token_id": 0,
-                     "bos_token_id": 1, "eos_token_id": 3, "initializer_range": 0.2}, projection_dim=16))
+                     "bos_token_id": 1, "eos_token_id": 3}, projection_dim=16))
     with torch.no_grad():  # random features of a fresh model barely differ: make them tell pictures apart
         for parameter in model.parameters():
             if parameter.ndim > 1:

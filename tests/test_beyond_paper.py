@@ -167,7 +167,7 @@ def test_the_official_layout_has_no_place_for_them(dense_models, tiny_config, tm
     values = tiny_config()
     values["text_config"]["max_position_embeddings"] = 248
     for tower in ("vision_config", "text_config"):
-        values[tower].update(hidden_size=64, intermediate_size=256, num_attention_heads=1, hidden_act="quick_gelu")
+        values[tower].update(hidden_size=64, intermediate_size=256, num_attention_heads=1, activation="quick_gelu")
     base = CLIPMoEModel(CLIPMoEConfig(**values))
     upcycling.upcycle([base, base], **option).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=f"no place for the {next(iter(option))} of the vision tower"):

@@ -200,7 +200,7 @@ def test_architecture_by_open_clips_name(tmp_path):
     theirs = open_clip.create_model("ViT-S-32", pretrained=None)
     torch.save(theirs.state_dict(), tmp_path / "weights.pt")
     ours = load_dense(tmp_path / "weights.pt", "ViT-S-32")
-    assert ours.config.vision_config.hidden_act == "gelu"
+    assert ours.config.vision_config.activation == "gelu"
     pixels = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         close(ours.get_image_features(pixels), theirs.eval().encode_image(pixels))

@@ -6,7 +6,16 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from convert_cases import CASES, PIXELS, README, REFUSED, VOCABULARY, register_small_timm_models, with_table
+from convert_cases import (
+    CASES,
+    PIXELS,
+    README,
+    REFUSED,
+    VOCABULARY,
+    outputs_of_blocks,
+    register_small_timm_models,
+    with_table,
+)
 
 from clipmoe_vlm import CLIPMoEModel
 from clipmoe_vlm.convert import convert, load_dense, save_official
@@ -33,16 +42,6 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 def close(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-def outputs_of_blocks(blocks, run, *arguments):
-    """What `run` returns, and each block's output."""
-    outputs = []
-    hooks = [block.register_forward_hook(lambda module, inputs, output: outputs.append(output)) for block in blocks]
-    result = run(*arguments)
-    for hook in hooks:
-        hook.remove()
-    return result, [output[0] if isinstance(output, tuple) else output for output in outputs]
 
 
 @torch.no_grad()

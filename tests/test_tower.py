@@ -370,5 +370,35 @@ def test_wrong_arguments_fail_with_one_sentence(moe_folder):
     for layer in (5, -6):
         with pytest.raises(ValueError, match=rf"mm_vision_select_layer {layer} is out of range.*4 blocks, so -5\.\.4"):
             CLIPMoEVisionTower(str(moe_folder), arguments(mm_vision_select_layer=layer), delay_load=True)
-    with pytest.raises(ValueError, match="'cls' must be 'patch' or 'cls_patch'"):
+    with pytest.raises(ValueError, match="'cls' must be one of patch, cls_patch"):
         CLIPMoEVisionTower(str(moe_folder), arguments(mm_vision_select_feature="cls"))
+
+
+@pytest.mark.parametrize("first", ["", "0."])
+def test_projector_of_another_size_is_refused_with_both_sizes(moe_folder, first, tmp_path):
+    adapter = tmp_path / "mm_projector.bin"
+    torch.save({f"model.mm_projector.{first}weight": torch.zeros(16, 64),
+                f"model.mm_projector.{first}bias": torch.zeros(16)}, adapter)
+    for given in ({"mm_hidden_size": 64}, {"pretrain_mm_mlp_adapter": str(adapter)}):
+        with pytest.raises(ValueError, match="gives features of size 32, but the projector takes 64"):
+            CLIPMoEVisionTower(str(moe_folder), arguments(**given), delay_load=True)
+        scaled = CLIPMoEVisionTower(str(moe_folder), arguments(s2=True, s2_scales="32,64", **given), delay_load=True)
+        assert scaled.hidden_size == 64
+
+
+def test_configurations_of_another_version_are_refused_with_one_sentence(moe_folder, tmp_path):
+    for part in (None, "vision_config", "text_config"):
+        values = json.loads((moe_folder / "config.json").read_text())
+        (values[part] if part else values)["rotary_positions"] = True
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(ValueError, match="config.json: a clip_moe.* has no field rotary_positions: .* a newer"):
+            CLIPMoEVisionTower(str(tmp_path), arguments(), delay_load=True)
+
+
+@pytest.mark.parametrize("device_map", [None, "auto", "balanced", "sequential", "cpu", torch.device("cpu"), {"": "cpu"},
+                                        {"model.vision_tower": 0}])
+def test_every_device_map_that_llava_knows(moe_folder, device_map, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tower = CLIPMoEVisionTower(str(moe_folder), arguments(), delay_load=True)
+    tower.load_model(device_map=device_map)
+    assert tower.device == torch.device("cpu")

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from clipmoe_vlm.runs import UserError
+from clipmoe_vlm.tuning import TOWER_TUNING
 
 CHOICES = {
     "template": ("plain", "v1", "chat"),
-    "tower": ("frozen", "routers", "experts", "last_n", "full"),
+    "tower": TOWER_TUNING,
     "llm_tuning": ("frozen", "lora", "full"),
     "projector": ("train", "frozen"),
     "select_feature": ("patch", "cls_patch"),

@@ -23,7 +23,7 @@ def moe_model(expert_dropout: float = 0.0) -> CLIPMoEModel:
     """Two blocks, three experts, features of 48 numbers (more than Long-CLIP's 32 components); all parameters train."""
     torch.manual_seed(0)
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "num_experts": 3, "num_experts_per_tok": 2, "expert_dropout": expert_dropout, "initializer_range": 0.2}
+             "num_experts": 3, "num_experts_per_tok": 2, "expert_dropout": expert_dropout}
     return CLIPMoEModel(CLIPMoEConfig(
         vision_config={**tower, "image_size": 16, "patch_size": 8},
         text_config={**tower, "vocab_size": 30, "max_position_embeddings": 8, "eos_token_id": 29}, projection_dim=48))
