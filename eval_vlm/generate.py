@@ -25,6 +25,7 @@ from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGenerat
 
 import clipmoe_vlm  # noqa: F401  (registers the CLIP-MoE tower with transformers)
 from clipmoe_vlm.runs import UserError
+from clipmoe_vlm.vlm import check_processor
 
 # A lead of the best token over the second that rounding can't turn round; logits are of order 10.
 NEAR_TIE = {torch.float32: 1e-3, torch.float16: 0.06, torch.bfloat16: 0.5}
@@ -51,7 +52,8 @@ def load_vlm(folder: str | Path, device: torch.device, precision: str = "auto") 
     """Model (eval mode) and processor of a VLM folder.
 
     Raises:
-        UserError: no folder, another kind of model, weights missing, or no chat template.
+        UserError: no folder, another kind of model, weights missing, no chat template, or a processor that does not
+            fit the model.
     """
     folder = Path(folder)
     check_vlm_folder(folder)
@@ -65,6 +67,10 @@ def load_vlm(folder: str | Path, device: torch.device, precision: str = "auto") 
     if not processor.chat_template:
         raise UserError(f"{folder}: the processor has no chat template, so the prompt is unknown; add "
                         "chat_template.jinja")
+    try:
+        check_processor(model.config, processor)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from error
     return model.to(device).eval(), processor
 
 

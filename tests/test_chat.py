@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as token_decoders
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
+from clipmoe_vlm.chat_templates import IMAGE_TOKEN, chat_template
 from clipmoe_vlm.runs import UserError
-from train_vlm.chat import IGNORE_INDEX, IMAGE_TOKEN, ChatEncoder, chat_template
+from train_vlm.chat import IGNORE_INDEX, ChatEncoder
 
 REFERENCE = Path(__file__).parent / "reference"
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "

@@ -14,8 +14,9 @@ from transformers import (
 )
 
 from clipmoe_vlm.runs import UserError
+from clipmoe_vlm.vlm import tokens_per_picture
 from train_vlm.data import read_picture
-from train_vlm.model import VLMLoss, build, set_trainable, tokens_per_picture
+from train_vlm.model import VLMLoss, build, set_trainable
 
 
 @pytest.fixture(scope="module")
@@ -57,5 +58,5 @@ def test_every_patch_becomes_a_token_in_training_and_in_transformers(siglip, tmp
 
 
 def test_there_is_no_class_token_to_keep(siglip, tmp_path):
-    with pytest.raises(UserError, match="select_feature: cls_patch, but the vision tower has no class token"):
+    with pytest.raises(UserError, match="select_feature: cls_patch: the vision tower has no class token"):
         build(settings(tmp_path, vision_tower=str(siglip), select_feature="cls_patch"))

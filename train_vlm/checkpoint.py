@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
+from clipmoe_vlm import vlm
 from clipmoe_vlm.runs import Distributed, UserError, atomic_folder, atomic_write
 from train_vlm.chat import ChatEncoder
 from train_vlm.model import LLM_TEMPLATE
@@ -110,8 +111,7 @@ def save_vlm(model: LlavaForConditionalGeneration, weights: dict[str, Tensor], p
     whole.tie_weights()
     whole.generation_config = generation_config(model, processor)
     with atomic_folder(folder) as new:
-        whole.save_pretrained(new)
-        processor.save_pretrained(new)
+        vlm.save_vlm(whole, processor, new)
         if processor.tokenizer.chat_template:
             (new / LLM_TEMPLATE).write_text(processor.tokenizer.chat_template, encoding="utf-8")
         loaded, report = LlavaForConditionalGeneration.from_pretrained(new, dtype="auto", output_loading_info=True)

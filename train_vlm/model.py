@@ -26,10 +26,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from clipmoe_vlm import CLIPMoEVisionModel
+from clipmoe_vlm.chat_templates import IMAGE_TOKEN, chat_template
 from clipmoe_vlm.convert import image_processor_of, load_vision
-from clipmoe_vlm.moe import Experts, Router
 from clipmoe_vlm.runs import UserError
-from train_vlm.chat import IGNORE_INDEX, IMAGE_TOKEN, chat_template
+from clipmoe_vlm.tuning import set_tower_trainable
+from clipmoe_vlm.vlm import build_processor, check_config, strategy_for
+from train_vlm.chat import IGNORE_INDEX
 from train_vlm.config import VLMConfig
 
 # A VLM folder's chat template is that of its training; the language model's own is kept beside it for later stages.
@@ -51,45 +53,27 @@ def build(config: VLMConfig) -> tuple[LlavaForConditionalGeneration, LlavaProces
         assert config.llm and config.vision_tower  # checked by config.check
         model, tokenizer, image_processor = _assemble(config.llm, config.vision_tower, dtype)
     model.config.vision_feature_layer = config.select_layer
-    has_class_token = _has_class_token(model.config)
-    if config.select_feature == "cls_patch" and not has_class_token:
-        raise UserError("select_feature: cls_patch, but the vision tower has no class token; use patch, which gives "
-                        "all its tokens")
-    drops_first = config.select_feature == "patch" and has_class_token
-    model.config.vision_feature_select_strategy = "default" if drops_first else "full"
-    depth = model.config.vision_config.num_hidden_layers
-    if not -depth - 1 <= config.select_layer <= depth:
-        raise UserError(f"select_layer: {config.select_layer} does not exist; the tower has the hidden states "
-                        f"{-depth - 1}..{depth}")
-    processor = LlavaProcessor(
-        image_processor=_with_aspect(image_processor, config.image_aspect_ratio),
-        tokenizer=tokenizer,
-        patch_size=model.config.vision_config.patch_size,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        num_additional_image_tokens=int(has_class_token),
-        chat_template=chat_template(config.template, tokenizer),
-    )
-    size, crop = model.config.vision_config.image_size, image_processor.crop_size
-    if (crop["height"], crop["width"]) != (size, size):
-        raise UserError(f"the tower's image processor makes pictures of {crop['height']}x{crop['width']} pixels, but "
-                        f"the tower takes {size}x{size}")
+    try:
+        keeps = config.select_feature == "cls_patch"
+        model.config.vision_feature_select_strategy = strategy_for(model.config.vision_config, keeps)
+        check_config(model.config)
+    except ValueError as error:
+        raise UserError(f"select_layer: {config.select_layer}, select_feature: {config.select_feature}: "
+                        f"{error}") from error
+    try:
+        processor = build_processor(model.config, _with_aspect(image_processor, config.image_aspect_ratio), tokenizer)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    processor.chat_template = chat_template(config.template, tokenizer)
     return model, processor
-
-
-def tokens_per_picture(config: LlavaConfig) -> int:
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    return patches + (_has_class_token(config) and config.vision_feature_select_strategy == "full")
-
-
-def _has_class_token(config: LlavaConfig) -> bool:
-    return getattr(config.vision_config, "class_token", True)  # transformers' CLIP always has one
 
 
 def _load_vlm(folder: str, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase, Any]:
     if _model_type(folder) != "llava":
         raise UserError(f"vlm: {folder} is no VLM folder (its config.json should have model_type 'llava'); "
                         "give the model folder of a train_vlm run")
-    model, report = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, report = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     _refuse_gaps(report, f"vlm: {folder}")
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     own = Path(folder) / LLM_TEMPLATE
@@ -199,27 +183,10 @@ def set_trainable(model: LlavaForConditionalGeneration, config: VLMConfig) -> No
     """
     model.requires_grad_(False)
     model.eval()
-    tower = model.model.vision_tower
-    layers = tower.vision_model.encoder.layers
-    used = layers[: config.select_layer % (len(layers) + 1)]
-    if config.tower == "full":
-        tower.requires_grad_(True)
-        for unused in (*layers[len(used):], tower.vision_model.post_layernorm, tower.vision_model.head):
-            if unused is not None:
-                unused.requires_grad_(False)
-    elif config.tower == "last_n":
-        if config.tower_last_n > len(used):
-            raise UserError(f"tower_last_n: {config.tower_last_n}, but only {len(used)} blocks of the tower are used")
-        used[len(used) - config.tower_last_n:].requires_grad_(True)
-    elif config.tower != "frozen":
-        kinds = (Router,) if config.tower == "routers" else (Router, Experts)
-        parts = [module for module in used.modules() if isinstance(module, kinds)]
-        if not parts:
-            raise UserError(f"tower: {config.tower}, but the vision tower is dense: it has no {config.tower}; "
-                            "use a CLIP-MoE tower or tower: frozen, last_n or full")
-        for part in parts:
-            part.requires_grad_(True)
-    tower.train(config.tower != "frozen")
+    try:
+        set_tower_trainable(model.model.vision_tower, config.tower, config.select_layer, config.tower_last_n)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if config.projector == "train":
         model.model.multi_modal_projector.requires_grad_(True)
     language_model = model.model.language_model

@@ -16,12 +16,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from clipmoe_vlm.runs import Distributed, Metrics, UserError, init_distributed, prepare_output, progress, set_seed
+from clipmoe_vlm.vlm import tokens_per_picture
 from train_vlm.build_ops import prepare_deepspeed
 from train_vlm.chat import ChatEncoder
 from train_vlm.checkpoint import gather_weights, load_checkpoint, remove_checkpoints, save_checkpoint, save_vlm
 from train_vlm.config import MAY_CHANGE, VLMConfig, check
 from train_vlm.data import Collator, ConversationDataset, read_samples, sample_lengths
-from train_vlm.model import LabelLoss, VLMLoss, build, describe, parameter_groups, set_trainable, tokens_per_picture
+from train_vlm.model import LabelLoss, VLMLoss, build, describe, parameter_groups, set_trainable
 from train_vlm.report import write_summary
 from train_vlm.sampler import BatchPlan
 
