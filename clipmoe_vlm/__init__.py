@@ -1,10 +1,12 @@
 """CLIP-MoE as a plugin for vision-language models: replace `vision_tower`, keep everything else."""
 
 from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
-from .hf import register
+from .hf import add_router_aux_loss, register
 from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
 from .tower import CLIPMoEVisionTower
+from .versions import warn_if_untested
 
+warn_if_untested()
 register()
 
 __all__ = [
@@ -14,4 +16,5 @@ __all__ = [
     "CLIPMoEVisionConfig",
     "CLIPMoEVisionModel",
     "CLIPMoEVisionTower",
+    "add_router_aux_loss",
 ]
