@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from clipmoe_vlm.runs import UserError, fail, read_jsonl, write_json
+from eval_vlm.config import SUITES
 from eval_vlm.report import with_interval
-from eval_vlm.suites import check_rule, mme, pope
+from eval_vlm.suites import check_rule, compare, rules_of
 
 USAGE = "usage: python -m eval_vlm.compare RUN_A RUN_B [rule=official] [output=FILE]"
 
@@ -23,20 +24,20 @@ def compare_runs(run_a: Path, run_b: Path, rule: str = "official") -> dict[str, 
     Raises:
         UserError: no suite that both runs hold, or different questions.
     """
-    check_rule(rule)
     result: dict[str, Any] = {"a": str(run_a), "b": str(run_b), "rule": rule, "suites": {}}
-    for name, suite in (("pope", pope), ("mme", mme)):
+    for name in SUITES:
         files = [run / "predictions" / f"{name}.jsonl" for run in (run_a, run_b)]
         if not all(file.is_file() for file in files):
             continue
+        check_rule(rule, rules_of(name))
         rows_a, rows_b = (read_jsonl(file) for file in files)
-        asked_a, asked_b = ({(row["id"], row["image"], row["question"], row["label"]) for row in rows}
+        asked_a, asked_b = ({(row["id"], row["image"], row["question"], str(row.get("label"))) for row in rows}
                             for rows in (rows_a, rows_b))
         if asked_a != asked_b:
             example = sorted(asked_a ^ asked_b)[0][0]
             raise UserError(f"{files[0]} and {files[1]} answer different questions ({len(asked_a ^ asked_b)} differ, "
                             f"such as {example}); score both models on the same files to the end")
-        result["suites"][name] = suite.compare(rows_a, rows_b, rule)
+        result["suites"][name] = compare(name, rows_a, rows_b, rule)
     if not result["suites"]:
         raise UserError(f"{run_a} and {run_b} have no suite's predictions in common; name two output folders of "
                         "eval_vlm.run")

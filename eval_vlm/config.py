@@ -8,30 +8,117 @@ from omegaconf import MISSING
 
 from clipmoe_vlm.runs import UserError
 
-SUITES = ("pope", "mme")
+SUITES = ("pope", "mme", "gqa", "vqav2", "textvqa", "vizwiz", "scienceqa", "mmbench", "seedbench", "mmstar", "ocrbench",
+          "mmvet", "llava_bench")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass
 class PopeConfig:
-    questions_dir: str = ""  # holds coco_pope_{random,popular,adversarial}.json
-    image_folder: str = ""  # what the files' `image` is relative to
+    questions_dir: str = ""  # holds coco_pope_{random,popular,adversarial}.json; or a `datasets` folder or hub name
+    image_folder: str = ""  # what the files' `image` is relative to; pictures inside a dataset are written there
+    source: str = "coco"  # coco | aokvqa | gqa: which three files
+    split: str = "test"  # of a dataset
 
 
 @dataclass
 class MmeConfig:
-    folder: str = ""  # holds one folder per subtask
+    folder: str = ""  # holds one folder per subtask; or a `datasets` folder or hub name
+    image_folder: str = ""  # of a dataset: where its pictures are written
+    split: str = "test"
+
+
+@dataclass
+class QuestionsConfig:
+    """What every other suite has; its module names the files."""
+
+    questions: str = ""  # question file, or a `datasets` folder or hub name with lmms-lab's columns
+    image_folder: str = ""  # where the pictures are; pictures inside `questions` are written there
+    split: str = "test"  # of a dataset or split file
+
+
+@dataclass
+class GqaConfig(QuestionsConfig):
+    split: str = "testdev"
+    subset: str = "testdev_balanced_instructions"  # of a dataset
+    images: str = ""  # a dataset's pictures (columns id, image), a dataset of their own
+
+
+@dataclass
+class Vqav2Config(QuestionsConfig):
+    annotations: str = ""  # v2_mscoco_val2014_annotations.json; "": a test split, or a dataset with answers
+    split: str = "validation"
+
+
+@dataclass
+class TextvqaConfig(QuestionsConfig):
+    ocr_tokens: str = ""  # file with OCR tokens for the prompt (LLaVA's or Rosetta's), or `column`; "": without
+    split: str = "validation"
+
+
+@dataclass
+class VizwizConfig(QuestionsConfig):
+    split: str = "val"
+
+
+@dataclass
+class ScienceqaConfig(QuestionsConfig):
+    subset: str = "ScienceQA-IMG"  # of a dataset
+    images_only: bool = True  # ScienceQA-IMG; false: questions without a picture too (for scoring)
+
+
+@dataclass
+class MmbenchConfig(QuestionsConfig):
+    language: str = "en"  # en | cn: the prompt's, and a dataset's subset
+    circular: bool = True  # every rotation of the choices; false: the unrotated questions only
+    split: str = "dev"
+
+
+@dataclass
+class SeedbenchConfig(QuestionsConfig):
+    images_only: bool = True  # false: questions about videos too, by LLaVA's middle frames
+
+
+@dataclass
+class MmstarConfig(QuestionsConfig):
+    split: str = "val"
+
+
+@dataclass
+class OcrbenchConfig(QuestionsConfig):
+    pass
+
+
+@dataclass
+class MmvetConfig(QuestionsConfig):
+    pass
+
+
+@dataclass
+class LlavaBenchConfig(QuestionsConfig):
+    split: str = "train"
 
 
 @dataclass
 class EvalConfig:
     model: str = MISSING  # a VLM folder that LlavaForConditionalGeneration loads
     output_dir: str = MISSING
-    suites: list[str] = field(default_factory=lambda: list(SUITES))
+    suites: list[str] = field(default_factory=lambda: ["pope", "mme"])
     pope: PopeConfig = field(default_factory=PopeConfig)
     mme: MmeConfig = field(default_factory=MmeConfig)
+    gqa: GqaConfig = field(default_factory=GqaConfig)
+    vqav2: Vqav2Config = field(default_factory=Vqav2Config)
+    textvqa: TextvqaConfig = field(default_factory=TextvqaConfig)
+    vizwiz: VizwizConfig = field(default_factory=VizwizConfig)
+    scienceqa: ScienceqaConfig = field(default_factory=ScienceqaConfig)
+    mmbench: MmbenchConfig = field(default_factory=MmbenchConfig)
+    seedbench: SeedbenchConfig = field(default_factory=SeedbenchConfig)
+    mmstar: MmstarConfig = field(default_factory=MmstarConfig)
+    ocrbench: OcrbenchConfig = field(default_factory=OcrbenchConfig)
+    mmvet: MmvetConfig = field(default_factory=MmvetConfig)
+    llava_bench: LlavaBenchConfig = field(default_factory=LlavaBenchConfig)
     rule: str = "official"  # how answers are read: official | lmms_eval | vlmevalkit
-    prompt_suffix: str = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's, after each question
+    prompt_suffix: str | None = None  # after each question; null: the suite's, as LLaVA-1.5 has it
     batch_size: int = 16  # questions at once; changes no answer
     max_new_tokens: int = 128
     precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto: fp32 on a CPU, bf16 on a GPU
@@ -59,6 +146,6 @@ def check(config: EvalConfig) -> None:
         raise UserError(f"limit: {config.limit} is less than 1; give a positive number, or null for all questions")
     needed = {"pope": ("questions_dir", "image_folder"), "mme": ("folder",)}
     for suite in config.suites:
-        for key in needed[suite]:
+        for key in needed.get(suite, ("questions", "image_folder")):
             if not getattr(getattr(config, suite), key):
                 raise UserError(f"{suite}.{key} is empty; name the folder, or leave {suite} out of suites")

@@ -18,6 +18,9 @@ def write_summary(file: Path, scores: dict[str, Any]) -> str:
         lines += pope_table(scores["suites"]["pope"], scores["rule"])
     if "mme" in scores["suites"]:
         lines += mme_table(scores["suites"]["mme"])
+    for suite, part in scores["suites"].items():
+        if suite not in ("pope", "mme"):
+            lines += means_table(suite, part)
     lines += ["Question files (sha256):", ""]
     for suite, categories in scores["suites"].items():
         lines += [f"- {suite} {name}: `{figures['questions_sha256']}`" for name, figures in categories.items()
@@ -73,6 +76,14 @@ def mme_table(tasks: dict[str, Any]) -> list[str]:
     return lines + [""] + warnings(scored)
 
 
+def means_table(suite: str, part: dict[str, Any]) -> list[str]:
+    """Of the suites whose headline figures are means over questions."""
+    lines = [f"## {suite}", "", "| figure | questions | pictures | score |", "|---|---|---|---|"]
+    lines += [f"| {name} | {one['n']} | {one['pictures']} | {with_interval(one['score'], one['interval'])} |"
+              for name, one in part["scores"].items()]
+    return lines + [""] + warnings({"questions": part["questions"]})
+
+
 def warnings(categories: dict[str, Any]) -> list[str]:
     lines = [f"- {name}: {one['warn']}" for name, one in categories.items() if one.get("warn")]
     lines += [f"- {name}: {one['empty_answers']} of {one['n']} answers are empty" for name, one in categories.items()
@@ -80,7 +91,7 @@ def warnings(categories: dict[str, Any]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def with_interval(value: float, interval: list[float] | None, unit: float = 1) -> str:
-    if interval is None:
-        return f"{unit * value:.1f}"
-    return f"{unit * value:.1f} [{unit * interval[0]:.1f}, {unit * interval[1]:.1f}]"
+def with_interval(value: float, interval: list[float] | None, unit: float = 1, places: int = 1) -> str:
+    text = f"{unit * value:.{places}f}"
+    return text if interval is None else (
+        f"{text} [{unit * interval[0]:.{places}f}, {unit * interval[1]:.{places}f}]")

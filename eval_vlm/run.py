@@ -6,6 +6,7 @@ Scores come from that file alone, so another `rule` on a finished run needs no g
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,24 +27,26 @@ from eval_vlm import config as config_module
 from eval_vlm.config import EvalConfig
 from eval_vlm.generate import Answerer, check_vlm_folder, load_vlm
 from eval_vlm.report import write_summary
-from eval_vlm.suites import check_rule, mme, pope
+from eval_vlm.suites import check_rule, module, report, rules_of
 
-SUITES = {"pope": pope, "mme": mme}
 # What may differ when a run is typed again: none of these changes an answer, or the predictions' own check sees it.
-MAY_CHANGE = ("batch_size", "rule", "seed", "suites", "pope.questions_dir", "pope.image_folder", "mme.folder")
+MAY_CHANGE = ("batch_size", "rule", "seed", "suites",
+              *(f"{suite}.{key.name}" for suite in config_module.SUITES
+                for key in dataclasses.fields(getattr(EvalConfig(model="", output_dir=""), suite))))
 
 
 def main(config: EvalConfig) -> None:
     config_module.check(config)
-    check_rule(config.rule)
+    for suite in config.suites:
+        check_rule(config.rule, rules_of(suite))
     place = init_distributed()
     set_seed(config.seed)
     questions = {}
     for suite in config.suites:
-        records, hashes = SUITES[suite].load(getattr(config, suite), config.limit)
-        folder = SUITES[suite].picture_folder(getattr(config, suite))
+        records, hashes = module(suite).load(getattr(config, suite), config.limit)
+        folder = module(suite).picture_folder(getattr(config, suite))
         for record in records:
-            record["prompt"] = record["question"] + config.prompt_suffix
+            record["prompt"] = module(suite).prompt(record, config.prompt_suffix)
         check_pictures(records, folder)
         questions[suite] = (records, hashes, folder)
     place.main_first(lambda: prepare(config, {suite: records for suite, (records, _, _) in questions.items()}))
@@ -214,7 +217,7 @@ def score_all(config: EvalConfig, questions: dict[str, tuple[list[dict], dict[st
             raise UserError(f"{file} lacks {len(unanswered)} answers, the first for question {unanswered[0]}; "
                             "run the same command again")
         rows = [predictions[record["id"]] for record in records]
-        scores["suites"][suite] = SUITES[suite].report(rows, config.rule, hashes, config.seed)
+        scores["suites"][suite] = report(suite, rows, config.rule, hashes, config.seed)
     output = Path(config.output_dir)
     write_json(output / "scores.json", scores)
     print(write_summary(output / "summary.md", scores))

@@ -1,28 +1,42 @@
 """One module per benchmark, and what they share.
 
-A suite module has
+A suite module (`module(name)`; its name is the suite's) has
+- `RULES`, where they are not the three below (see `rules_of`);
 - `load(config, limit) -> (records, hashes)`: records are dicts with `id`, `suite`, `category` (set or subtask), `image`
-  (relative path), `question_id`, `question`, `label`; `hashes` has the sha256 of each category's question file(s);
+  (relative path), `question_id`, `question`, `label` (or the annotators' `answers`; None: a test split without), and
+  what else the scorer needs; `hashes` has the sha256 of each category's question file(s);
+- `prompt(record, suffix)`: what the model is asked, with LLaVA-1.5's suffix if `suffix` is None;
 - `picture_folder(config)`: what `image` is relative to;
 - `parse(record, rule)`: how that rule reads `record["answer"]`;
-- `score(records, rule)`: the figures, under the names that the rule's own script uses;
-- `points(records, rule) -> {category: Points}`: the values whose mean is the category's headline figure;
-- `report(records, rule, hashes, seed)`: the suite's part of scores.json;
-- `compare(a, b, rule)`: paired differences `b - a` of two runs.
+- `score(records, rule)`: the figures, under the names that the rule's own script uses, and `warn`;
+- `points(records, rule) -> {category: Points}`: the values whose mean is the category's headline figure (POPE: of 1,
+  MME: points, all others: percent);
+- POPE and MME, which have figures of their own: `report(records, rule, hashes, seed)`, and MME `compare(a, b, rule)`
+  (see below);
+- where the benchmark has a server or a judge: `write_submission(records, file)`.
 
 Rules: `official` (the benchmark's own script), `lmms_eval`, `vlmevalkit`.
 """
 
 from __future__ import annotations
 
-import re
+import importlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
+from clipmoe_vlm.intervals import cluster_interval, paired_interval
 from clipmoe_vlm.runs import UserError
+from eval_vlm.config import SUITES
+from eval_vlm.stats import bounds, difference
+from eval_vlm.suites.vqa import FULL_STOP_VLMEVALKIT, strip_punctuation
 
 RULES = ("official", "lmms_eval", "vlmevalkit")
+# LLaVA-1.5's, after each question.
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 @dataclass(frozen=True)
@@ -34,9 +48,23 @@ class Points:
     pictures: list[str]
 
 
-def check_rule(rule: str) -> None:
-    if rule not in RULES:
-        raise UserError(f"rule '{rule}' is unknown; the rules are {', '.join(RULES)}")
+def module(suite: str) -> ModuleType:
+    """Raises:
+        UserError: there is no such suite.
+    """
+    if suite not in SUITES:
+        raise UserError(f"there is no suite '{suite}'; the suites are {', '.join(SUITES)}")
+    return importlib.import_module(f"eval_vlm.suites.{suite}")
+
+
+def rules_of(suite: str) -> tuple[str, ...]:
+    """The rules that a suite knows, `official` first."""
+    return getattr(module(suite), "RULES", RULES)
+
+
+def check_rule(rule: str, rules: tuple[str, ...] = RULES) -> None:
+    if rule not in rules:
+        raise UserError(f"rule '{rule}' is unknown; the rules are {', '.join(rules)}")
 
 
 def yes_or_no(label: object, where: str) -> str:
@@ -47,29 +75,93 @@ def yes_or_no(label: object, where: str) -> str:
     return word
 
 
-def last_answers(records: Iterable[dict]) -> tuple[list[dict], list[str]]:
+def last_answers(records: Iterable[dict],
+                 key: Callable[[dict], Any] = lambda record: (record.get("category"), str(record["question_id"]))
+                 ) -> tuple[list[dict], list[str]]:
     """One record per question, in order of first appearance; of a question answered twice the last, with a warning."""
     records = list(records)
-    last = {(record["category"], str(record["question_id"])): record for record in records}
-    times = Counter((record["category"], str(record["question_id"])) for record in records)
+    last = {key(record): record for record in records}
+    times = Counter(key(record) for record in records)
     names = {1: "once", 2: "twice", 3: "three times"}
-    warnings = [f"question {question} answered {names.get(count, f'{count} times')}; the last is used"
-                for (_, question), count in times.items() if count > 1]
+    warnings = [f"question {last[question]['question_id']} answered {names.get(count, f'{count} times')}; the last is "
+                "used" for question, count in times.items() if count > 1]
     return list(last.values()), warnings
 
 
-def vlmevalkit_yes_no(answer: str) -> str:
-    """VLMEvalKit's `YOrN_Extraction`: `Yes`, `No` or `Unknown`: which of the two is a word of the answer.
+def count_missing(rows: list[dict], noun: str = "question") -> list[str]:
+    """The warning that some have no answer, if some have none."""
+    missing = sum(row["answer"] is None for row in rows)
+    words = "has" if missing == 1 else "have"
+    return [f"{missing} {noun}{'s' * (missing != 1)} {words} no answer"] if missing else []
 
-    Its punctuation rule looks at the whole text: a mark beside a blank anywhere is deleted everywhere, else it becomes
-    a blank; only the first 32 full stops are deleted (a flag is passed as the count).
+
+def has_labels(rows: list[dict], field: str = "label") -> bool:
+    """Whether there is something to score against.
+
+    Raises:
+        UserError: no rows.
     """
-    text = cleaned = answer.lower()
-    digits_with_comma = re.search(r"\d,\d", text) is not None
-    for mark in ';/[]"{}()=+\\_-><@`,?!':
-        beside_blank = f"{mark} " in text or f" {mark}" in text
-        cleaned = cleaned.replace(mark, "" if beside_blank or digits_with_comma else " ")
-    words = re.sub(r"(?<!\d)\.(?!\d)", "", cleaned, count=32).split()
+    if not rows:
+        raise UserError("no predictions; run the model on the questions first")
+    return any(row[field] is not None for row in rows)
+
+
+NO_LABELS = {"warn": "no figures: the question file holds no right answers (a test split); write the submission file"}
+
+
+def with_warnings(figures: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
+    return figures | ({"warn": "; ".join(warnings)} if warnings else {})
+
+
+def mean(values: list[float], unit: float = 1.0) -> float | None:
+    """None over no values."""
+    return unit * sum(values) / len(values) if values else None
+
+
+def to_points(rows: list[dict], values: list[float]) -> Points:
+    names = [str(row.get("id", row["question_id"])) for row in rows]
+    return Points(names, values, [row.get("image") or name for row, name in zip(rows, names, strict=True)])
+
+
+def intervals(points: dict[str, Points]) -> dict[str, Any]:
+    """Each category's mean with its interval clustered by picture."""
+    result = {}
+    for name, one in points.items():
+        interval = cluster_interval(one.values, one.pictures)
+        result[name] = {"score": interval.mean, "interval": bounds(interval), "n": interval.n,
+                        "pictures": interval.clusters}
+    return result
+
+
+def report(suite: str, records: list[dict], rule: str, hashes: dict[str, str], seed: int = 0) -> dict[str, Any]:
+    """A suite's part of scores.json: `figures` as its scorer gives them, and the means of its points with intervals."""
+    if hasattr(module(suite), "report"):
+        return module(suite).report(records, rule, hashes, seed)
+    figures = module(suite).score(records, rule)
+    questions = {"n": len(records), "empty_answers": sum(record["answer"] == "" for record in records),
+                 "questions_sha256": hashes["questions"]}
+    if figures.get("warn"):
+        questions["warn"] = figures["warn"]
+    return {"questions": questions, "scores": intervals(module(suite).points(records, rule)),
+            "figures": figures}
+
+
+def compare(suite: str, run_a: list[dict], run_b: list[dict], rule: str) -> dict[str, Any]:
+    """The mean of run b minus that of run a, on the same questions."""
+    if hasattr(module(suite), "compare"):
+        return module(suite).compare(run_a, run_b, rule)
+    a, b = (module(suite).points(run, rule) for run in (run_a, run_b))
+    result = {}
+    for name, ours in a.items():
+        theirs = dict(zip(b[name].ids, b[name].values, strict=True))
+        values = [theirs[question] for question in ours.ids]
+        result[name] = difference(ours.values, values, paired_interval(values, ours.values, ours.pictures))
+    return result
+
+
+def vlmevalkit_yes_no(answer: str) -> str:
+    """VLMEvalKit's `YOrN_Extraction`: `Yes`, `No` or `Unknown`: which of the two is a word of the answer."""
+    words = strip_punctuation(answer.lower(), FULL_STOP_VLMEVALKIT).split()
     if ("yes" in words) == ("no" in words):
         return "Unknown"
     return "Yes" if "yes" in words else "No"

@@ -1,7 +1,8 @@
 """MME (Fu et al. 2023, arXiv 2306.13394): two yes/no questions per picture, ten perception and four cognition subtasks.
 
 Release layout: `<subtask>/` holds pictures and, for each, a text file of the same stem with two lines
-`question<TAB>Yes|No`; some subtasks keep them in `<subtask>/images/` and `<subtask>/questions_answers_YN/`.
+`question<TAB>Yes|No`; some subtasks keep them in `<subtask>/images/` and `<subtask>/questions_answers_YN/`. Or
+lmms-lab/MME.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from clipmoe_vlm.intervals import cluster_interval, paired_interval
 from clipmoe_vlm.runs import UserError
 from eval_vlm.config import MmeConfig
 from eval_vlm.stats import bounds, difference, sum_interval
-from eval_vlm.suites import Points, check_rule, last_answers, vlmevalkit_yes_no, yes_or_no
+from eval_vlm.suites import SHORT_ANSWER, Points, check_rule, last_answers, vlmevalkit_yes_no, yes_or_no
+from eval_vlm.suites.questions import check_ids, first_pictures, holds_dataset, read_rows
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 TASKS = PERCEPTION + COGNITION
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+YES_OR_NO = "Please answer yes or no."  # ends every question
 CHANCE = 75.0  # a fair coin: 100 * 1/2 + 100 * 1/4
 
 
@@ -35,6 +38,8 @@ def load(config: MmeConfig, limit: int | None = None) -> tuple[list[dict], dict[
     """
     root = Path(config.folder)
     tasks = [task for task in TASKS if (root / task).is_dir()]
+    if not tasks and holds_dataset(config.folder):
+        return _load_dataset(config, limit)
     if not tasks:
         raise UserError(f"{root} holds no MME subtask; name the folder that holds {', '.join(TASKS[:4])}, ...")
     records, hashes = [], {}
@@ -57,6 +62,24 @@ def load(config: MmeConfig, limit: int | None = None) -> tuple[list[dict], dict[
     return records, hashes
 
 
+def _load_dataset(config: MmeConfig, limit: int | None) -> tuple[list[dict], dict[str, str]]:
+    """lmms-lab's rows: `question_id` is `<subtask>/<picture>` for both questions of a picture."""
+    rows, sha256 = read_rows(config.folder, ("question_id", "image", "question", "answer", "category"),
+                             config.image_folder, config.split)
+    records, seen = [], {}
+    for row in rows:
+        seen[row["question_id"]] = number = seen.get(row["question_id"], 0) + 1
+        name = f"{row['question_id'].rpartition('/')[2].rpartition('.')[0] or row['question_id']}/{number}"
+        yes_or_no(row["answer"], f"{config.folder}, question {row['question_id']}")
+        records.append({"id": f"{row['category']}/{name}", "suite": "mme", "category": row["category"],
+                        "image": row["image"], "question_id": name, "question": row["question"].strip(),
+                        "label": row["answer"].strip()})
+    check_ids(records, config.folder)
+    tasks = {task: [record for record in records if record["category"] == task] for task in TASKS}
+    return ([record for chosen in tasks.values() for record in first_pictures(chosen, limit)],
+            {task: sha256 for task, chosen in tasks.items() if chosen})
+
+
 def _questions(text: Path, task: str, image: str) -> list[dict]:
     """The two questions of one text file."""
     try:
@@ -74,12 +97,20 @@ def _questions(text: Path, task: str, image: str) -> list[dict]:
             raise UserError(f"{where}: expected question<TAB>Yes or No, found {line.strip()[:60]!r}")
         yes_or_no(label, where)
         rows.append({"id": f"{task}/{text.stem}/{number}", "suite": "mme", "category": task, "image": image,
-                     "question_id": f"{text.stem}/{number}", "question": question.strip(), "label": label.strip()})
+                     "question_id": f"{text.stem}/{number}", "question": question.strip(), "label": label.strip(),
+                     "llava_id": image})
     return rows
 
 
+def prompt(record: dict, suffix: str | None = None) -> str:
+    """LLaVA-1.5 asks for a word or phrase in place of the question's own `Please answer yes or no.`"""
+    if suffix is not None:
+        return record["question"] + suffix
+    return record["question"].removesuffix(YES_OR_NO).rstrip() + SHORT_ANSWER
+
+
 def picture_folder(config: MmeConfig) -> Path:
-    return Path(config.folder)
+    return Path(config.image_folder or config.folder)
 
 
 def parse(record: dict, rule: str = "official") -> str:

@@ -1,6 +1,7 @@
 """POPE (Li et al. 2023, arXiv 2305.10355): is an object in the picture? Three sets of yes/no questions.
 
-Standard files: `coco_pope_{random,popular,adversarial}.json`, JSON lines `question_id, image, text, label`.
+Standard files: `coco_pope_{random,popular,adversarial}.json`, JSON lines `question_id, image, text, label`, and
+`{aokvqa,gqa}_pope_seem_*.json` alike; or lmms-lab/POPE.
 """
 
 from __future__ import annotations
@@ -11,17 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from clipmoe_vlm.intervals import bootstrap_interval, cluster_interval, paired_interval
+from clipmoe_vlm.intervals import bootstrap_interval, cluster_interval
 from clipmoe_vlm.runs import UserError, read_jsonl
 from eval_vlm.config import PopeConfig
-from eval_vlm.stats import bounds, difference
-from eval_vlm.suites import Points, check_rule, last_answers, vlmevalkit_yes_no, yes_or_no
+from eval_vlm.stats import bounds
+from eval_vlm.suites import (
+    SHORT_ANSWER,
+    Points,
+    check_rule,
+    last_answers,
+    vlmevalkit_yes_no,
+    yes_or_no,
+)
+from eval_vlm.suites.questions import check_ids, first_pictures, holds_dataset, read_json, read_rows
 
 SETS = ("random", "popular", "adversarial")
+SOURCES = ("coco", "aokvqa", "gqa")
+LLAVA_QUESTIONS = "llava_pope_test.jsonl"  # numbers the questions of all three sets; LLaVA's answers go by its numbers
 
 
 def load(config: PopeConfig, limit: int | None = None) -> tuple[list[dict], dict[str, str]]:
-    """The questions of the three sets and the sha256 of each file.
+    """The questions of the three sets (of one, if `questions_dir` is its file) and the sha256 of each file.
 
     Args:
         limit: from each set only its first pictures, until there are so many questions.
@@ -29,23 +40,33 @@ def load(config: PopeConfig, limit: int | None = None) -> tuple[list[dict], dict
     Raises:
         UserError: a file is missing, a line lacks a field, repeats a question_id or has another label than yes or no.
     """
+    if config.source not in SOURCES:
+        raise UserError(f"pope.source: '{config.source}' is unknown; choose one of {', '.join(SOURCES)}")
+    folder = Path(config.questions_dir)
+    files = {category: _file(folder, config.source, category) for category in SETS}
+    if holds_dataset(config.questions_dir):
+        return _load_dataset(config, limit)
+    if folder.is_file():
+        files = {category: folder for category in SETS if category in folder.stem}
+        if not files:
+            raise UserError(f"{folder}: the name must say which set it is ({', '.join(SETS)}); rename it, or name the "
+                            "folder of all three")
+    numbers = _llava_numbers(folder)
     records, hashes = [], {}
-    for category in SETS:
-        file = Path(config.questions_dir) / f"coco_pope_{category}.json"
-        seen: set[str] = set()
-        rows = []
-        for number, row in enumerate(read_jsonl(file), 1):
+    for category, file in files.items():
+        rows, seen = [], set()
+        for number, row in enumerate(_read(file), 1):
             absent = [field for field in ("question_id", "image", "text", "label") if field not in row]
             if absent or not isinstance(row["image"], str) or not isinstance(row["text"], str):
                 raise UserError(f"{file}, line {number}: " + (f"no field {', '.join(absent)}" if absent else "image or "
                                 "text is no string") + "; POPE lines have question_id, image, text and label")
-            question_id = str(row["question_id"])
-            if question_id in seen:
-                raise UserError(f"{file}, line {number}: question_id {question_id} is there twice; number them anew")
-            seen.add(question_id)
-            rows.append({"id": f"{category}/{question_id}", "suite": "pope", "category": category,
-                         "image": row["image"], "question_id": row["question_id"], "question": row["text"],
-                         "label": yes_or_no(row["label"], f"{file}, question {question_id}")})
+            if str(row["question_id"]) in seen:
+                raise UserError(f"{file}, line {number}: question_id {row['question_id']} is there twice; number them "
+                                "anew")
+            seen.add(str(row["question_id"]))
+            record = _record(category, row["question_id"], row["image"], row["text"], row["label"], str(file))
+            llava_id = numbers.get((category, row["image"], row["text"]))
+            rows.append(record | ({"llava_id": llava_id} if llava_id else {}))
         if not rows:
             raise UserError(f"{file} holds no question; get the set again")
         hashes[category] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -53,16 +74,46 @@ def load(config: PopeConfig, limit: int | None = None) -> tuple[list[dict], dict
     return records, hashes
 
 
-def first_pictures(rows: list[dict], limit: int | None) -> list[dict]:
-    """All questions of the first pictures that hold at least `limit` questions together."""
-    if limit is None:
-        return rows
-    chosen: list[dict] = []
-    for picture in dict.fromkeys(row["image"] for row in rows):
-        if len(chosen) >= limit:
-            break
-        chosen += [row for row in rows if row["image"] == picture]
-    return chosen
+def _file(folder: Path, source: str, category: str) -> Path:
+    """Where a set's file lies in the release's layouts; the first of them if it lies nowhere."""
+    names = [f"{source}_pope_{category}.json", f"{source}_pope_seem_{category}.json"]
+    places = [place / name for place in (folder, folder / source) for name in names]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def _read(file: Path) -> list[dict]:
+    """JSON lines; the A-OKVQA and GQA sets are lists."""
+    whole = file.is_file() and file.read_bytes().lstrip().startswith(b"[")
+    return read_json(file) if whole else read_jsonl(file)
+
+
+def _record(category: str, question_id: object, image: str, text: str, label: object, where: str) -> dict:
+    return {"id": f"{category}/{question_id}", "suite": "pope", "category": category, "image": image,
+            "question_id": question_id, "question": text,
+            "label": yes_or_no(label, f"{where}, question {question_id}")}
+
+
+def _llava_numbers(folder: Path) -> dict[tuple[str, str, str], str]:
+    for place in (folder, folder.parent):
+        if (place / LLAVA_QUESTIONS).is_file():
+            return {(row["category"], row["image"], row["text"].removesuffix(SHORT_ANSWER)): str(row["question_id"])
+                    for row in read_jsonl(place / LLAVA_QUESTIONS)}
+    return {}
+
+
+def _load_dataset(config: PopeConfig, limit: int | None) -> tuple[list[dict], dict[str, str]]:
+    rows, sha256 = read_rows(config.questions_dir, ("question_id", "question", "answer", "category", "image"),
+                             config.image_folder, config.split)
+    records = [_record(row["category"], row["question_id"], row["image"], row["question"], row["answer"],
+                       config.questions_dir) for row in rows]
+    check_ids(records, config.questions_dir)
+    sets = {name: [record for record in records if record["category"] == name] for name in SETS}
+    return ([record for chosen in sets.values() for record in first_pictures(chosen, limit)],
+            {name: sha256 for name, chosen in sets.items() if chosen})
+
+
+def prompt(record: dict, suffix: str | None = None) -> str:
+    return record["question"] + (SHORT_ANSWER if suffix is None else suffix)
 
 
 def picture_folder(config: PopeConfig) -> Path:
@@ -91,7 +142,7 @@ def _label(record: dict) -> str:
     return yes_or_no(record["label"], f"POPE {record['category']}, question {record['question_id']}")
 
 
-def _read(records: list[dict], rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _cells(records: list[dict], rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per record: label is yes, answer read as yes, answer right (`[n]` of bool each)."""
     parsed = [parse(record, rule) for record in records]
     if rule == "lmms_eval":
@@ -154,7 +205,7 @@ def score(records: list[dict], rule: str = "official") -> dict[str, Any]:
         if missing:
             warnings.append(f"{missing} {'question has' if missing == 1 else 'questions have'} no answer")
         if answered:
-            label, predicted, right = _read(answered, rule)
+            label, predicted, right = _cells(answered, rule)
             figures[category] = _figures(label, predicted, right, rule)
             warnings += _undefined(label, predicted)
             if warnings:
@@ -169,14 +220,14 @@ def score(records: list[dict], rule: str = "official") -> dict[str, Any]:
             figures["mean"] = {name: sum(figures[category][name] for category in SETS) / 3 for name in names}
     else:
         answered = [record for record in last_answers(records)[0] if record["answer"] is not None]
-        figures["all"] = _figures(*_read(answered, rule), rule)
+        figures["all"] = _figures(*_cells(answered, rule), rule)
     return figures
 
 
 def points(records: list[dict], rule: str = "official") -> dict[str, Points]:
     """Per set: 1 for a right answer, 0 for a wrong one; `all` pools the sets."""
     rows = [record for record in last_answers(records)[0] if record["answer"] is not None]
-    right = _read(rows, rule)[2]
+    right = _cells(rows, rule)[2]
     result = {}
     for name in (*SETS, "all"):
         chosen = [index for index, record in enumerate(rows) if name in (record["category"], "all")]
@@ -197,7 +248,7 @@ def report(records: list[dict], rule: str, hashes: dict[str, str], seed: int = 0
     result: dict[str, Any] = {}
     for name in (*SETS, "all"):
         chosen = [record for record in rows if name in (record["category"], "all")]
-        label, predicted, right = _read(chosen, rule)
+        label, predicted, right = _cells(chosen, rule)
         one = dict(figures[name]) if name in figures else _figures(label, predicted, right, rule)
         pictures = [record["image"] for record in chosen]
         f1_name = "f1_score" if rule == "lmms_eval" else "f1"
@@ -215,15 +266,4 @@ def report(records: list[dict], rule: str, hashes: dict[str, str], seed: int = 0
         result[name] = one
     if figures.get("mean"):
         result["mean"] = figures["mean"]
-    return result
-
-
-def compare(a: list[dict], b: list[dict], rule: str) -> dict[str, Any]:
-    """Accuracy of run b minus that of run a, on the same questions, per set and pooled."""
-    points_a, points_b = points(a, rule), points(b, rule)
-    result = {}
-    for name, ours in points_a.items():
-        theirs = dict(zip(points_b[name].ids, points_b[name].values, strict=True))
-        values = [theirs[question] for question in ours.ids]
-        result[name] = difference(ours.values, values, paired_interval(values, ours.values, ours.pictures))
     return result

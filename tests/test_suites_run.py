@@ -1,0 +1,42 @@
+"""eval_vlm.run on suites of other kinds than POPE and MME: several pictures inside a dataset, rotations, no scorer."""
+
+import json
+
+import pytest
+from eval_data import ROOT, config_file, execute, make_vlm
+from suites_data import MAKERS
+
+from clipmoe_vlm.runs import UserError, load_config
+from eval_vlm import config as config_module
+from eval_vlm.compare import compare_runs, table
+
+
+def test_the_configuration_of_the_llava_table_is_valid():
+    config = load_config(config_module.EvalConfig, [str(ROOT / "eval_vlm" / "configs" / "llava15.yaml")], "test")
+    config_module.check(config)
+    assert config.prompt_suffix is None and config.scienceqa.images_only and config.mmbench.circular
+
+
+def test_a_run_scores_and_compares_every_kind_of_suite(tmp_path):
+    folder = tmp_path / "suites"
+    values = {}
+    for name in ("vqav2", "mmbench", "mmvet"):
+        questions = MAKERS[name](folder / name)["dataset"]["questions"]
+        values[name] = {"questions": str(questions), "image_folder": str(folder / name / "pictures")}
+    vlm = make_vlm(tmp_path / "model")
+    config = config_file(tmp_path, vlm, tmp_path, suites=list(values), **values)
+    execute(config)
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())["suites"]
+    assert scores["vqav2"]["scores"]["overall"]["n"] == 2 and scores["mmbench"]["questions"]["n"] == 5
+    assert scores["mmbench"]["figures"]["circular"].keys() == {"Overall", "perceive", "reason", "place", "shape"}
+    assert "graded by a judge" in scores["mmvet"]["questions"]["warn"] and scores["mmvet"]["scores"] == {}
+    summary = (tmp_path / "run" / "summary.md").read_text()
+    assert "## mmbench" in summary and scores["vqav2"]["questions"]["questions_sha256"] in summary
+    rows = [json.loads(line) for line in (tmp_path / "run/predictions/mmbench.jsonl").read_text().splitlines()]
+    assert rows[0]["prompt"].endswith("from the given choices directly.") and len(rows) == 5
+    result = compare_runs(tmp_path / "run", tmp_path / "run")
+    assert result["suites"]["vqav2"]["overall"]["difference"] == 0 and "| mmbench | circular | 2 |" in table(result)
+    with pytest.raises(UserError, match="'vlmevalkit' is unknown; the rules are official, official_after"):
+        execute(config, "rule=vlmevalkit", "suites=[vqav2]")
+    with pytest.raises(UserError, match="gqa.questions is empty"):
+        execute(config, "suites=[gqa]")
