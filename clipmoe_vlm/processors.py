@@ -58,6 +58,14 @@ def resize_processor(processor: CLIPImageProcessor, image_size: int) -> CLIPImag
     return CLIPImageProcessor.from_dict({**values, "size": size, "crop_size": square})
 
 
+def as_class(image_processor: Any, processor_class: type, **more: Any) -> Any:
+    """CLIP's preprocessing, with the same values, as another of transformers' classes."""
+    names = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor", "do_resize",
+             "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+    values = image_processor.to_dict()
+    return processor_class(**{name: values[name] for name in names if values.get(name) is not None}, **more)
+
+
 def _transformers_preprocessing(source: Path) -> dict[str, Any] | None:
     """What transformers saved beside a model; nothing but the class's own defaults for a SigLIP that came without."""
     if (source / "preprocessor_config.json").is_file():

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from .chat_templates import IMAGE_TOKEN
-from .processors import image_processor_of
+from .processors import as_class, image_processor_of
 from .runs import atomic_folder
 from .vlm import build_processor, check_config, check_projector, save_vlm
 from .weights import State, local, read_folder, read_json
@@ -91,7 +91,7 @@ def read_transformers(source: str | Path, say: Callable[[str], None] = print) ->
                          f"{IMAGE_TOKEN} is {image_token_id}")
     image_processor = image_processor_of(source, config.vision_config.image_size)
     pads = model_type == "llava" and bool(getattr(image_processor, "do_pad", False))
-    return checked(VLM(config, state, tokenizer, source, _clip_processor(image_processor, CLIPImageProcessor), pads,
+    return checked(VLM(config, state, tokenizer, source, as_class(image_processor, CLIPImageProcessor), pads,
                         None, generation_values(source)), source)
 
 
@@ -198,21 +198,13 @@ def generation_values(folder: Path) -> dict[str, Any]:
             if name not in ("_from_model_config", "transformers_version", "suppress_tokens", *idle)}
 
 
-def _clip_processor(image_processor: Any, processor_class: type, **more: Any) -> Any:
-    """CLIP's preprocessing, with the same values, as another class."""
-    names = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor", "do_resize",
-             "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
-    values = image_processor.to_dict()
-    return processor_class(**{name: values[name] for name in names if values.get(name) is not None}, **more)
-
-
 def _vlm_processor(image_processor: CLIPImageProcessor, pads: bool, say: Callable[[str], None]) -> Any:
     """The tower's image processor with LLaVA's rule for oblong pictures."""
     if not pads:
         return image_processor
     processor_class = getattr(transformers, "LlavaImageProcessor", None)  # since 4.50
     if processor_class is not None:
-        return _clip_processor(image_processor, processor_class, do_pad=True)
+        return as_class(image_processor, processor_class, do_pad=True)
     image_processor.do_pad = True
     say(f"this checkpoint pads oblong pictures to squares; transformers {transformers.__version__} cuts them instead, "
         "4.50 and newer ones do as the folder says: pad them yourself, or upgrade")

@@ -28,6 +28,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from clipmoe_vlm import CLIPMoEVisionModel
 from clipmoe_vlm.chat_templates import IMAGE_TOKEN, chat_template
 from clipmoe_vlm.convert import image_processor_of, load_vision
+from clipmoe_vlm.processors import as_class
 from clipmoe_vlm.runs import UserError
 from clipmoe_vlm.tuning import set_tower_trainable
 from clipmoe_vlm.vlm import build_processor, check_config, strategy_for
@@ -146,13 +147,9 @@ def load_tower(source: str) -> tuple[CLIPMoEVisionModel, Any]:
 
 def _with_aspect(image_processor: Any, aspect: str) -> Any:
     """The tower's preprocessing on PIL (as LLaVA's, to the bit), with LLaVA's rule for oblong pictures."""
-    names = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor", "do_resize",
-             "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
-    values = image_processor.to_dict()
-    values = {name: values[name] for name in names if values.get(name) is not None}
     if aspect == "pad":
-        return LlavaImageProcessorPil(**values, do_pad=True)
-    return CLIPImageProcessorPil(**values)
+        return as_class(image_processor, LlavaImageProcessorPil, do_pad=True)
+    return as_class(image_processor, CLIPImageProcessorPil)
 
 
 def _model_type(source: str) -> str | None:
