@@ -204,7 +204,7 @@ def _table(model: nn.Module, rates: dict[int, float]) -> str:
         else:
             part = "projector" if "mm_projector" in name else "language model"
         parts.setdefault(part, []).append(parameter)
-    lines = [f"{'what trains':<22} {'parameters':>14} {'trained':>14}  learning rate"]
+    lines = ["what trains:", f"{'part':<22} {'parameters':>14} {'trained':>14}  learning rate"]
     for part, parameters in sorted(parts.items()):
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         rate = ", ".join(f"{rate:g}" for rate in sorted({rates[id(p)] for p in trained if id(p) in rates}))
