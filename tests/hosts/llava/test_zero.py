@@ -56,7 +56,7 @@ def runs(idle, tmp_path_factory):
 def zero(file: Path, stage: int) -> dict[str, str | None]:
     """LLaVA's arguments for its scripts/zero2.json or zero3.json, with every parameter split up, however small.
 
-    Without `overlap_comm`: a CPU has no streams to overlap, and with it two of about twenty runs differed, unexplained.
+    Without `overlap_comm`, since a CPU has no streams to overlap.
     """
     values = {"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"},
               "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto",

@@ -16,6 +16,21 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parent))
 from answers import answer
 
+if "--deepspeed" in sys.argv:
+    from deepspeed import comm
+
+    def all_gather_into_tensor(*args, theirs=comm.all_gather_into_tensor, **kwargs):
+        """To its end. DeepSpeed 0.16 gathers a module's tensors in parallel, waits for the last alone and leaves the
+        rest to the order of a GPU's stream, which a CPU does not have: when LLaVA saves a ZeRO-3 model, a tensor that
+        comes late is overwritten for good. (Mended in DeepSpeed since.)
+        """
+        handle = theirs(*args, **kwargs)
+        if handle is not None:
+            handle.wait()
+        return handle
+
+    comm.all_gather_into_tensor = all_gather_into_tensor
+
 
 def write(name, output_dir, model):
     tower = model.get_vision_tower().vision_tower
