@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_clipmoe import _TowerConfig
-from .moe import Router, SparseMoE, load_balancing_loss, router_z_loss
+from .moe import SparseMoE, load_balancing_loss, router_z_loss, routers_train
 
 HiddenStatesWanted = bool | int | Sequence[int] | None
 
@@ -142,7 +142,7 @@ class CLIPMoEEncoder(nn.Module):
         if router_logits:
             mask = None if token_mask is None else token_mask.flatten()
             balance_loss = load_balancing_loss(router_logits, self.config.num_experts_per_tok, mask)
-            if any(module.weight.requires_grad for module in self.modules() if isinstance(module, Router)):
+            if routers_train(self):
                 aux_loss = balance_loss
                 if self.config.router_z_loss_coef:
                     aux_loss = aux_loss + self.config.router_z_loss_coef * router_z_loss(router_logits, mask)

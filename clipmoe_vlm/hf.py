@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 
 from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
 from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel, CLIPMoEVisionTransformer
-from .moe import Router
+from .moe import routers_train
 from .upcycling import is_moe
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _check_routers_train(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no CLIP-MoE vision tower, so there is no auxiliary loss to add")
     if not any(is_moe(tower) for tower in towers):
         raise ValueError("the vision tower is dense (num_experts: 1): it has no routers, so no auxiliary loss to add")
-    if not any(module.weight.requires_grad for module in model.modules() if isinstance(module, Router)):
+    if not routers_train(model):
         raise ValueError(
             "no router of the vision tower trains, so its auxiliary loss would be zero. Before you make the trainer:\n"
             "    from clipmoe_vlm.tuning import set_tower_trainable\n"

@@ -161,6 +161,11 @@ def _has_grouped_mm(tokens: Tensor, weight: Tensor) -> bool:
             and all(size * dtype.itemsize % 16 == 0 for size in weight.shape[1:]))
 
 
+def routers_train(module: nn.Module) -> bool:
+    """Whether a router somewhere inside gets gradients."""
+    return any(part.weight.requires_grad for part in module.modules() if isinstance(part, Router))
+
+
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, token_mask: Tensor | None = None) -> Tensor:
     """Balance loss of a tower over all its MoE layers and tokens at once, as in CLIP-MoE's public code:
 

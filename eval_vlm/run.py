@@ -27,7 +27,7 @@ from eval_vlm import config as config_module
 from eval_vlm.config import EvalConfig
 from eval_vlm.generate import Answerer, check_vlm_folder, load_vlm
 from eval_vlm.report import write_summary
-from eval_vlm.suites import check_rule, module, report, rules_of
+from eval_vlm.suites import check_rule, module, picture_folder, report, rules_of
 
 # What may differ when a run is typed again: none of these changes an answer, or the predictions' own check sees it.
 MAY_CHANGE = ("batch_size", "rule", "seed", "suites",
@@ -44,7 +44,7 @@ def main(config: EvalConfig) -> None:
     questions = {}
     for suite in config.suites:
         records, hashes = module(suite).load(getattr(config, suite), config.limit)
-        folder = module(suite).picture_folder(getattr(config, suite))
+        folder = picture_folder(suite, getattr(config, suite))
         for record in records:
             record["prompt"] = module(suite).prompt(record, config.prompt_suffix)
         check_pictures(records, folder)

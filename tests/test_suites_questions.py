@@ -11,7 +11,7 @@ from suites_data import MAKERS, PICTURES
 
 from clipmoe_vlm.runs import UserError
 from eval_vlm.config import SUITES, EvalConfig
-from eval_vlm.suites import module
+from eval_vlm.suites import module, picture_folder
 from eval_vlm.suites.questions import hash_files
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -86,7 +86,7 @@ def test_textvqa_without_ocr_tokens(files):
 def test_pictures_inside_a_dataset_are_written_once_and_read_back(suite, files, tmp_path):
     config = config_of(suite, files[suite]["dataset"], str(tmp_path / "pictures"))
     records, _ = module(suite).load(config)
-    folder = module(suite).picture_folder(config)
+    folder = picture_folder(suite, config)
     for record in records:
         with Image.open(folder / record["image"]) as picture:
             assert picture.size == (12, 10)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import Experts, Router
+from ..moe import Experts, Router, routers_train
 from ..tower import CLIPMoEVisionTower
 from ..tuning import set_tower_trainable
 from . import saving
@@ -209,13 +209,9 @@ def _table(model: nn.Module, rates: dict[int, float]) -> str:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         rate = ", ".join(f"{rate:g}" for rate in sorted({rates[id(p)] for p in trained if id(p) in rates}))
         lines.append(f"{part:<22} {_size(parameters):>14,} {_size(trained):>14,}  {rate or '-'}")
-    if _routers_train(tower):
+    if routers_train(tower):
         lines.append(f"the loss has {settings.router_aux_loss_coef:g} times the routers' auxiliary loss in it")
     return "\n".join(lines)
-
-
-def _routers_train(tower: nn.Module) -> bool:
-    return any(module.weight.requires_grad for module in tower.modules() if isinstance(module, Router))
 
 
 def _size(parameters: list[Tensor]) -> int:
@@ -241,7 +237,7 @@ _logged = _Sum()
 
 def log(theirs: Callable, trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
     """Adds `router_aux_loss`, the mean over all pictures' forwards and processes since the last line."""
-    if "loss" in logs and _routers_train(trainer.model.get_vision_tower()):
+    if "loss" in logs and routers_train(trainer.model.get_vision_tower()):
         device = trainer.args.device
         mine = torch.zeros(2, device=device) if _logged.values is None else _logged.values.to(device)
         total, count = trainer.accelerator.reduce(mine).tolist()

@@ -6,13 +6,12 @@ A suite module (`module(name)`; its name is the suite's) has
   (relative path), `question_id`, `question`, `label` (or the annotators' `answers`; None: a test split without), and
   what else the scorer needs; `hashes` has the sha256 of each category's question file(s);
 - `prompt(record, suffix)`: what the model is asked, with LLaVA-1.5's suffix if `suffix` is None;
-- `picture_folder(config)`: what `image` is relative to;
 - `parse(record, rule)`: how that rule reads `record["answer"]`;
 - `score(records, rule)`: the figures, under the names that the rule's own script uses, and `warn`;
 - `points(records, rule) -> {category: Points}`: the values whose mean is the category's headline figure (POPE: of 1,
   MME: points, all others: percent);
-- POPE and MME, which have figures of their own: `report(records, rule, hashes, seed)`, and MME `compare(a, b, rule)`
-  (see below);
+- in the place of the functions below, POPE's and MME's `report(records, rule, hashes, seed)`, and MME's
+  `compare(a, b, rule)` and `picture_folder(config)`;
 - where the benchmark has a server or a judge: `write_submission(records, file)`.
 
 Rules: `official` (the benchmark's own script), `lmms_eval`, `vlmevalkit`.
@@ -24,6 +23,7 @@ import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -55,6 +55,12 @@ def module(suite: str) -> ModuleType:
     if suite not in SUITES:
         raise UserError(f"there is no suite '{suite}'; the suites are {', '.join(SUITES)}")
     return importlib.import_module(f"eval_vlm.suites.{suite}")
+
+
+def picture_folder(suite: str, config: Any) -> Path:
+    """What the records' `image` is relative to; `config` is the suite's own."""
+    own = getattr(module(suite), "picture_folder", None)
+    return own(config) if own else Path(config.image_folder)
 
 
 def rules_of(suite: str) -> tuple[str, ...]:

@@ -65,10 +65,6 @@ def prompt(record: dict, suffix: str | None = None) -> str:
     return record["question"] + (SHORT_ANSWER if suffix is None else suffix)
 
 
-def picture_folder(config: GqaConfig) -> Path:
-    return Path(config.image_folder)
-
-
 def parse(record: dict, rule: str = "official") -> Any:
     """official: `{"prediction", "correct"}`: full stops cut at the end, lower case, against the label as it is.
     lmms_eval: 1 or 0, stripped, without case and punctuation. vlmevalkit: 1 or 0, stripped, without case."""

@@ -48,10 +48,6 @@ def prompt(record: dict, suffix: str | None = None) -> str:
     return record["question"] + (suffix or "")
 
 
-def picture_folder(config: LlavaBenchConfig) -> Path:
-    return Path(config.image_folder)
-
-
 def parse(record: dict, rule: str = "official") -> list[float] | None:
     """The judge's points (of 10) for the reference's and the model's answer; None without.
 

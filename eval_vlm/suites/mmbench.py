@@ -91,10 +91,6 @@ def prompt(record: dict, suffix: str | None = None) -> str:
     return with_options(question, record["choices"]) + (SUFFIXES[record["language"]] if suffix is None else suffix)
 
 
-def picture_folder(config: MmbenchConfig) -> Path:
-    return Path(config.image_folder)
-
-
 def parse(record: dict, rule: str = "official") -> dict[str, Any]:
     """`{"letter", "vanilla_hit"}`: letter None if nothing can be inferred or there is no answer, Z for a refusal."""
     check_rule(rule)

@@ -6,7 +6,6 @@ Files: Lin-Chen/MMStar on the hub or as a folder, or OpenCompass's `MMStar.tsv`.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from eval_vlm.config import MmstarConfig
@@ -45,10 +44,6 @@ def prompt(record: dict, suffix: str | None = None) -> str:
     """The dataset's questions end with their options; OpenCompass's sheet has these in columns."""
     question = with_options(record["question"], record["choices"]) if record["choices"] else record["question"]
     return question + (OPTION_LETTER if suffix is None else suffix)
-
-
-def picture_folder(config: MmstarConfig) -> Path:
-    return Path(config.image_folder)
 
 
 def _choices(record: dict) -> dict[str, str]:

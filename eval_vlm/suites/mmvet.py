@@ -66,10 +66,6 @@ def prompt(record: dict, suffix: str | None = None) -> str:
     return record["question"] + (suffix or "")
 
 
-def picture_folder(config: MmvetConfig) -> Path:
-    return Path(config.image_folder)
-
-
 def parse(record: dict, rule: str = "official") -> float | None:
     """The judge's grade of 1 (the mean of several), None without.
 

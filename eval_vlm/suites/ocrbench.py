@@ -5,7 +5,6 @@ Files: `OCRBench.json` with its pictures, or echo840/OCRBench. Asked without a s
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from clipmoe_vlm.runs import UserError
@@ -56,10 +55,6 @@ def load(config: OcrbenchConfig, limit: int | None = None) -> tuple[list[dict], 
 
 def prompt(record: dict, suffix: str | None = None) -> str:
     return record["question"] + (suffix or "")
-
-
-def picture_folder(config: OcrbenchConfig) -> Path:
-    return Path(config.image_folder)
 
 
 def parse(record: dict, rule: str = "official") -> int:

@@ -116,10 +116,6 @@ def prompt(record: dict, suffix: str | None = None) -> str:
     return record["question"] + (SHORT_ANSWER if suffix is None else suffix)
 
 
-def picture_folder(config: PopeConfig) -> Path:
-    return Path(config.image_folder)
-
-
 def parse(record: dict, rule: str = "official") -> Any:
     """How `rule` reads the answer.
 

@@ -87,10 +87,6 @@ def _choices(record: dict) -> dict[str, str]:
     return dict(zip("ABCDEFGHIJ", record["choices"], strict=False))
 
 
-def picture_folder(config: ScienceqaConfig) -> Path:
-    return Path(config.image_folder)
-
-
 def parse(record: dict, rule: str = "official") -> Any:
     """official: `{"parsed", "index", "correct"}`: exactly a letter, or `A. ...`, or one `The answer is A` with a
     character after it; else FAILED. lmms_eval: 1 or 0. vlmevalkit: `{"letter", "hit"}`.

@@ -84,10 +84,6 @@ def prompt(record: dict, suffix: str | None = None) -> str:
     return with_options(record["question"], _choices(record)) + (OPTION_LETTER if suffix is None else suffix)
 
 
-def picture_folder(config: SeedbenchConfig) -> Path:
-    return Path(config.image_folder)
-
-
 def parse(record: dict, rule: str = "official") -> Any:
     """official: `{"correct"}`: the answer is the letter, character by character. lmms_eval: the first character of the
     stripped answer (`Apple` is A). vlmevalkit: `{"letter", "hit"}`."""

@@ -87,10 +87,6 @@ def prompt(record: dict, suffix: str | None = None) -> str:
     return record["question"].capitalize() + tokens + (SHORT_ANSWER if suffix is None else suffix)
 
 
-def picture_folder(config: TextvqaConfig) -> Path:
-    return Path(config.image_folder)
-
-
 def parse(record: dict, rule: str = "official") -> dict[str, Any]:
     """The text that is compared (`normalised`; vlmevalkit `prediction`) and what it earns (`score`, of 1).
 

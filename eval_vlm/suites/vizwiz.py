@@ -65,10 +65,6 @@ def prompt(record: dict, suffix: str | None = None) -> str:
     return record["question"].capitalize() + (SUFFIX if suffix is None else suffix)
 
 
-def picture_folder(config: VizwizConfig) -> Path:
-    return Path(config.image_folder)
-
-
 def parse(record: dict, rule: str = "official") -> dict[str, Any]:
     """The text that is compared and what it earns: `accuracy` in percent, the toolkits' `score` of 1.
 

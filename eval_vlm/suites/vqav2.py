@@ -87,10 +87,6 @@ def prompt(record: dict, suffix: str | None = None) -> str:
     return record["question"] + (SHORT_ANSWER if suffix is None else suffix)
 
 
-def picture_folder(config: Vqav2Config) -> Path:
-    return Path(config.image_folder)
-
-
 def parse(record: dict, rule: str = "official") -> dict[str, Any]:
     """The text that is compared (`normalised`) and what it earns: `accuracy` in percent, lmms_eval `score` of 1.
 
