@@ -22,7 +22,7 @@ from transformers import (
 
 from clipmoe_vlm import CLIPMoEVisionConfig, add_router_aux_loss
 from clipmoe_vlm.moe import Experts, Router
-from train_vlm.model import VLMLoss
+from train_vlm.loss import VLMLoss
 
 LLAMA = Path(__file__).parent / "reference/llava_train/llama"
 COEF, RATE, UPDATES, BATCH = 0.5, 0.1, 3, 2

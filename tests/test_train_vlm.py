@@ -17,10 +17,13 @@ from train_vlm import checkpoint as checkpoint_module
 from train_vlm import train as train_module
 from train_vlm.chat import IMAGE_TOKEN
 from train_vlm.config import LoraSettings, VLMConfig
-from train_vlm.data import ConversationDataset, read_picture
-from train_vlm.model import VLMLoss, build, parameter_groups, set_trainable
+from train_vlm.data import ConversationDataset
+from train_vlm.loss import VLMLoss
+from train_vlm.model import build
 from train_vlm.sampler import BatchPlan
+from train_vlm.samples import read_picture
 from train_vlm.train import schedule, train
+from train_vlm.tuning import parameter_groups, set_trainable
 
 REFERENCE = Path(__file__).parent / "reference"
 LLAVA_TRAIN = REFERENCE / "llava_train"

@@ -15,8 +15,10 @@ from transformers import (
 
 from clipmoe_vlm.runs import UserError
 from clipmoe_vlm.vlm import tokens_per_picture
-from train_vlm.data import read_picture
-from train_vlm.model import VLMLoss, build, set_trainable
+from train_vlm.loss import VLMLoss
+from train_vlm.model import build
+from train_vlm.samples import read_picture
+from train_vlm.tuning import set_trainable
 
 
 @pytest.fixture(scope="module")

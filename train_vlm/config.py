@@ -66,6 +66,7 @@ class VLMConfig:
     epochs: int = 1
     max_steps: int | None = None  # ends earlier; the schedule then spans these steps
     group_by_modality_length: bool = True  # batches of pictures or of text alone, of samples of similar length
+    packing: bool = False  # samples of a micro-batch share rows in place of padding; the loss is the same
 
     precision: str = "bf16"  # fp32 on CPUs
     zero_stage: int = 2

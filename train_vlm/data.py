@@ -1,124 +1,17 @@
-"""Samples in LLaVA's form: `{id, image: path | [paths] | absent, conversations: [{from, value}]}`.
-
-Read from a JSON file or from a folder of Hugging Face `datasets` with the same columns, where `image` may also hold
-encoded pictures. Pictures are read and texts tokenised in the loader's workers.
-"""
+"""Samples made ready for the model in the loader's workers: pictures read, texts tokenised, rows put together."""
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipmoe_vlm.runs import UserError
-from train_vlm.chat import IGNORE_INDEX, IMAGE_TOKEN, ROLES, ChatEncoder
-
-
-def read_samples(source: str) -> Sequence[dict[str, Any]]:
-    """Reads `source` and checks every sample's form.
-
-    Raises:
-        UserError: no such file, not LLaVA's JSON, a sample without `conversations`, pictures and marks that disagree
-            (names the file and the sample).
-    """
-    path = Path(source)
-    if path.is_dir():
-        samples, columns = _read_datasets_folder(path)
-    else:
-        samples = columns = _read_json(path)
-    if not len(samples):
-        raise UserError(f"{source} holds no samples")
-    for number, sample in enumerate(columns):
-        _check(sample, number, source)
-    return samples
-
-
-def _read_json(path: Path) -> list[dict]:
-    try:
-        samples = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"data: {path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"data: {path} is not valid JSON: {error}") from error
-    if not isinstance(samples, list):
-        raise UserError(f"data: {path} must hold a list of samples, found {type(samples).__name__}")
-    return samples
-
-
-def _read_datasets_folder(path: Path) -> tuple[Any, Any]:
-    """The data set, and the same without pictures' bytes, to look through."""
-    import datasets
-
-    try:
-        samples = datasets.load_from_disk(str(path))
-    except FileNotFoundError as error:
-        raise UserError(f"data: {path} is a folder, but not one that `datasets` wrote: {error}") from error
-    if not isinstance(samples, datasets.Dataset):
-        raise UserError(f"data: {path} holds several splits; name one of {', '.join(samples)} as {path}/NAME")
-    if "conversations" not in samples.column_names:
-        raise UserError(f"data: {path} has no column 'conversations' (it has {', '.join(samples.column_names)})")
-    if "image" in samples.column_names:
-        feature = samples.features["image"]
-        if isinstance(feature, datasets.Image):  # decoded here, so that a broken picture is only a skipped sample
-            samples = samples.cast_column("image", datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            samples = samples.cast_column("image", datasets.List(datasets.Image(decode=False)))
-    return samples, samples
-
-
-def _check(sample: Any, number: int, source: str) -> None:
-    where = f"{source}: sample {number}"
-    if isinstance(sample, dict) and "id" in sample:
-        where += f" (id {sample['id']!r})"
-    if not isinstance(sample, dict):
-        raise UserError(f"{where} is no object with 'conversations'")
-    turns = sample.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f"{where} has no 'conversations'; each sample needs a list of {{from, value}}")
-    marks = 0
-    for turn in turns:
-        if not isinstance(turn, dict) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
-            raise UserError(f"{where}: a turn must be {{from: human or gpt, value: text}}, found {str(turn)[:80]}")
-        marks += turn["value"].count(IMAGE_TOKEN)
-    pictures = len(pictures_of(sample))
-    if marks != pictures:
-        raise UserError(f"{where} has {pictures} picture(s) but {marks} {IMAGE_TOKEN} mark(s) in its conversations; "
-                        "write one mark per picture")
-
-
-def pictures_of(sample: dict[str, Any]) -> list[Any]:
-    """The sample's pictures: paths, or `{"bytes": ..., "path": ...}` from `datasets`."""
-    image = sample.get("image")
-    if image is None or image == "" or image == []:
-        return []
-    return list(image) if isinstance(image, (list, tuple)) else [image]
-
-
-def sample_lengths(samples: Sequence[dict[str, Any]]) -> list[int]:
-    """Words of each sample, negative without a picture: what batches are grouped by."""
-    lengths = []
-    for sample in samples:
-        words = max(1, sum(len(turn["value"].split()) for turn in sample["conversations"]))
-        lengths.append(words if pictures_of(sample) else -words)
-    return lengths
-
-
-def read_picture(picture: Any, folder: Path) -> Image.Image:
-    """Opens and decodes a picture as RGB. Raises OSError (also for what is no picture)."""
-    try:
-        if isinstance(picture, dict):
-            stream = io.BytesIO(picture["bytes"]) if picture.get("bytes") else folder / picture["path"]
-            return Image.open(stream).convert("RGB")
-        return Image.open(folder / picture).convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise OSError(str(error)) from error  # PIL's decoders raise all of these on broken files
+from train_vlm.chat import IGNORE_INDEX, ChatEncoder
+from train_vlm.samples import pictures_of, read_picture
 
 
 class ConversationDataset(Dataset):
@@ -183,36 +76,75 @@ class ConversationDataset(Dataset):
 
 
 class Collator:
-    """Pads a micro-batch on the right.
+    """Puts the samples of a micro-batch into rows.
 
     A micro-batch without pictures gets one black dummy picture, so that every process runs tower and projector, and
     one without any usable sample a dummy token without a label: processes that share parameters (ZeRO-3) stay in step.
+
+    Args:
+        packing: several samples may share a row; else each has a row of its own, padded on the right.
     """
 
-    def __init__(self, pad_token_id: int, picture_shape: tuple[int, int, int]):
+    def __init__(self, pad_token_id: int, picture_shape: tuple[int, int, int], packing: bool = False):
         self.pad_token_id = pad_token_id
         self.picture_shape = picture_shape
+        self.packing = packing
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """-> `input_ids`, `labels` `[B, T]`, `pixel_values` `[pictures or 1, C, H, W]` and counts."""
+        """-> `inputs` of `VLMLoss`, `counts` that are summed over the global batch, `ids` and `problems`."""
         good = [item for item in items if "problem" not in item]
-        rows = [item["input_ids"] for item in good] or [torch.tensor([self.pad_token_id])]
-        labels = [item["labels"] for item in good] or [torch.tensor([IGNORE_INDEX])]
+        rows = pack([len(item["input_ids"]) for item in good]) if self.packing else [[i] for i in range(len(good))]
+        good = [good[index] for row in rows for index in row]  # pictures come in the order of their marks
+        nothing = {"input_ids": torch.tensor([self.pad_token_id]), "labels": torch.tensor([IGNORE_INDEX])}
+        remaining = iter(good)
+        packed = [[next(remaining) for _ in row] for row in rows] or [[nothing]]
         pictures = [item["pixel_values"] for item in good if "pixel_values" in item]
-        padded_labels = _pad(labels, IGNORE_INDEX)
-        padded_labels[:, 0] = IGNORE_INDEX  # nothing comes before the first token to predict it from
-        return {
-            "input_ids": _pad(rows, self.pad_token_id),
-            "labels": padded_labels,
+        labels = _rows([[_but_first(item["labels"]) for item in row] for row in packed], IGNORE_INDEX)
+        inputs = {
+            "input_ids": _rows([[item["input_ids"] for item in row] for row in packed], self.pad_token_id),
+            "labels": labels,
             "pixel_values": torch.cat(pictures) if pictures else torch.zeros(1, *self.picture_shape),
             "pictures": sum(len(part) for part in pictures),
-            "label_tokens": int((padded_labels != IGNORE_INDEX).sum()),
-            "tokens": sum(len(row) for row in rows) if good else 0,
+        }
+        if self.packing:
+            # Positions that start anew tell the language model's attention where a sample ends. Padding is one more.
+            inputs["position_ids"] = _rows([[torch.arange(len(item["input_ids"])) for item in row] for row in packed],
+                                           0)
+        return {
+            "inputs": inputs,
+            "counts": {
+                "label_tokens": int((labels != IGNORE_INDEX).sum()),
+                "tokens": sum(len(item["input_ids"]) for item in good),
+                "pictures": inputs["pictures"],
+                "samples": len(good),
+                "skipped": len(items) - len(good),
+                "truncated": sum(item["truncated"] for item in good),
+            },
             "ids": [item["id"] for item in good],
-            "truncated": sum(item["truncated"] for item in good),
             "problems": [f"{item['id']}: {item['problem']}" for item in items if "problem" in item],
         }
 
 
-def _pad(rows: list[Tensor], value: int) -> Tensor:
+def pack(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of the samples that share a row: as few rows as first-fit-decreasing finds, none longer than the longest
+    sample, so that attention never costs more than with padding."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((row for row, left in enumerate(room) if left >= lengths[index]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max(lengths))
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
+
+
+def _but_first(labels: Tensor) -> Tensor:
+    """Nothing comes before the first token of a sample to predict it from."""
+    return torch.cat([labels.new_tensor([IGNORE_INDEX]), labels[1:]])
+
+
+def _rows(parts: list[list[Tensor]], value: int) -> Tensor:
+    rows = [torch.cat(row) for row in parts]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)

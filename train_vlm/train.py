@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import socket
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from clipmoe_vlm.runs import Distributed, Metrics, UserError, init_distributed, prepare_output, progress, set_seed
+from clipmoe_vlm.runs import Distributed, Metrics, UserError, prepare_output, progress, set_seed
 from clipmoe_vlm.vlm import tokens_per_picture
-from train_vlm.build_ops import prepare_deepspeed
 from train_vlm.chat import ChatEncoder
-from train_vlm.checkpoint import gather_weights, load_checkpoint, remove_checkpoints, save_checkpoint, save_vlm
+from train_vlm.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from train_vlm.config import MAY_CHANGE, VLMConfig, check
-from train_vlm.data import Collator, ConversationDataset, read_samples, sample_lengths
-from train_vlm.model import LabelLoss, VLMLoss, build, describe, parameter_groups, set_trainable
+from train_vlm.data import Collator, ConversationDataset
+from train_vlm.engine import start_engine, start_processes, stop, summed, told_once
+from train_vlm.loss import VLMLoss
+from train_vlm.model import build
 from train_vlm.report import write_summary
 from train_vlm.sampler import BatchPlan
+from train_vlm.samples import read_samples, sample_lengths
+from train_vlm.saving import gather_weights, save_vlm
+from train_vlm.tuning import describe, parameter_groups, set_trainable
 
 
 def train(config: VLMConfig) -> None:
@@ -71,7 +71,8 @@ def train(config: VLMConfig) -> None:
         model.config.image_token_id, picture_tokens, config.max_length)
     loader = iter(DataLoader(
         dataset, batch_sampler=plan.micro_batches(processes.rank, first_step, total_steps),
-        collate_fn=Collator(processor.tokenizer.pad_token_id, (vision.num_channels, *[vision.image_size] * 2)),
+        collate_fn=Collator(processor.tokenizer.pad_token_id, (vision.num_channels, *[vision.image_size] * 2),
+                             config.packing),
         num_workers=config.workers, prefetch_factor=4 if config.workers else None,
         generator=torch.Generator().manual_seed(config.seed)))  # its own: the loader must not move the model's
     # Without ZeRO in float32 DeepSpeed clips but keeps the norm to itself.
@@ -98,12 +99,11 @@ def train(config: VLMConfig) -> None:
 
         losses = []
         for batch in batches:
-            loss_sum, aux_loss = engine(*(batch[name].to(processes.device) for name in
-                                          ("input_ids", "labels", "pixel_values")), pictures=batch["pictures"])
+            loss_sum, aux_loss = engine(**to_device(batch["inputs"], processes.device))
             # Each label token of the global batch weighs the same wherever it is: the engine will divide by
             # processes and micro-batches, so multiply by them first. Aux losses are averaged by pictures.
             parts = torch.stack([loss_sum / counts["label_tokens"],
-                                 aux_loss * (batch["pictures"] / max(counts["pictures"], 1))])
+                                 aux_loss * (batch["counts"]["pictures"] / max(counts["pictures"], 1))])
             losses.append(parts.detach())
             loss = parts[0] + config.router_aux_loss_coef * parts[1]
             engine.backward(loss * (processes.world_size * accumulation_steps))
@@ -145,53 +145,6 @@ def train(config: VLMConfig) -> None:
     processes.barrier()
 
 
-def start_processes() -> Distributed:
-    """Joins the launcher's processes through DeepSpeed; without a launcher this is one process of one."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port)}
-    prepare_deepspeed()
-    import deepspeed
-
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    return init_distributed()
-
-
-def start_engine(module: VLMLoss, groups: list[dict[str, Any]], config: VLMConfig, accumulation_steps: int) -> Any:
-    """Hands module and AdamW to DeepSpeed."""
-    import deepspeed
-
-    from clipmoe_vlm.moe import SparseMoE
-
-    if config.zero_stage == 3:
-        # Gathered as a whole: which experts get tokens must not decide which collectives a process takes part in.
-        kinds = {type(m) for m in module.modules() if isinstance(m, (SparseMoE, LabelLoss))}
-        deepspeed.utils.set_z3_leaf_modules(module, list(kinds))
-    trained = sum(p.numel() for group in groups for p in group["params"])
-    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(trained, 500_000_000)}
-    if config.zero_stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": min(trained, 50_000_000), "stage3_param_persistence_threshold": 10_000}
-    if config.offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
-        if config.zero_stage == 3:
-            zero["offload_param"] = {"device": "cpu"}
-    settings = {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": config.max_grad_norm if config.zero_stage or config.precision != "fp32" else 0.0,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-    }
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
-
-
 def check_length(config: VLMConfig, model: Any) -> None:
     """Raises UserError if pictures leave no room for words, or if samples may be longer than the language model."""
     picture_tokens = tokens_per_picture(model.config)
@@ -212,46 +165,11 @@ def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
 
 
 def totals(batches: list[dict[str, Any]], processes: Distributed) -> dict[str, int]:
-    """Counts of the global batch: label tokens, tokens, pictures, samples used, skipped and truncated."""
-    values = [sum(counts) for counts in zip(*(
-        (batch["label_tokens"], batch["tokens"], batch["pictures"], len(batch["ids"]), len(batch["problems"]),
-         batch["truncated"]) for batch in batches), strict=True)]
-    summed_values = summed(torch.tensor(values, dtype=torch.float64), processes)
-    names = ("label_tokens", "tokens", "pictures", "samples", "skipped", "truncated")
-    return dict(zip(names, map(int, summed_values), strict=True))
+    """The counts of the global batch: those of all micro-batches on all processes, summed."""
+    names = list(batches[0]["counts"])
+    values = [sum(batch["counts"][name] for batch in batches) for name in names]
+    return dict(zip(names, map(int, summed(torch.tensor(values, dtype=torch.float64), processes)), strict=True))
 
 
-def summed(values: torch.Tensor, processes: Distributed) -> list[float]:
-    """Sums a small vector over the processes."""
-    if processes.world_size > 1:
-        values = values.to(processes.device)
-        torch.distributed.all_reduce(values)
-    return values.tolist()
-
-
-@contextlib.contextmanager
-def told_once(processes: Distributed) -> Iterator[None]:
-    """For what goes wrong on every process alike: only the main one speaks."""
-    try:
-        yield
-    except UserError:
-        if not processes.is_main:
-            _wait_and_exit()
-        raise
-
-
-def _wait_and_exit() -> NoReturn:
-    time.sleep(3)  # the launcher ends all processes when the first one ends: let the main process speak
-    os._exit(2)
-
-
-def stop(processes: Distributed, message: str, samples: list[list[str]] | None = None) -> NoReturn:
-    """Ends all processes with one sentence, which names the samples of all of them."""
-    ids = [sample for batch in samples or [] for sample in batch]
-    if processes.world_size > 1:
-        gathered: list[Any] = [None] * processes.world_size
-        torch.distributed.all_gather_object(gathered, ids)
-        ids = [sample for part in gathered for sample in part]
-    if not processes.is_main:
-        _wait_and_exit()
-    raise UserError(message + ", ".join(ids[:16]) + (" ..." if len(ids) > 16 else ""))
+def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
