@@ -13,7 +13,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCaus
 
 from clipmoe_vlm import CLIPMoEVisionConfig, CLIPMoEVisionModel
 from clipmoe_vlm.runs import UserError, read_jsonl
-from train_vlm import checkpoint as checkpoint_module
+from train_vlm import saving
 from train_vlm import train as train_module
 from train_vlm.chat import IMAGE_TOKEN
 from train_vlm.config import LoraSettings, VLMConfig
@@ -272,7 +272,7 @@ def test_saved_folder_answers_as_the_trained_model(stage1, tmp_path, monkeypatch
 
     def keep(model, weights, processor, folder):
         trained.update(model=model)
-        checkpoint_module.save_vlm(model, weights, processor, folder)
+        saving.save_vlm(model, weights, processor, folder)
 
     monkeypatch.setattr(train_module, "save_vlm", keep)
     train(settings(tmp_path, vlm=str(stage1 / "model"), max_steps=3, llm_tuning="lora", learning_rate=1e-2,
