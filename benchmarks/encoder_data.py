@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from clipmoe_vlm import CLIPMoEModel
+from clipmoe_vlm.loading import loader
 from clipmoe_vlm.runs import Distributed, init_distributed, run_program
 from clipmoe_vlm.upcycling import ffn_parameters
 from train_encoder.config import EncoderConfig
-from train_encoder.data import Collate, Pairs, Samples, load_collate, loader
+from train_encoder.data import Collate, Pairs, Samples, load_collate
 from train_encoder.features import autocast
 from train_encoder.loss import contrastive_loss
 from train_encoder.run import make_base

@@ -16,19 +16,20 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import tempfile
-import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+
+from .sigterm import end_by_sigterm, sigterm_asked
 
 Config = TypeVar("Config")
 
@@ -42,6 +43,8 @@ def run_program(program: Callable[[Config], None], config_class: type[Config], u
     try:
         program(load_config(config_class, sys.argv[1:], usage))
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0" and not torch.distributed.is_initialized():
+            leave_word_to_main()  # they have not joined yet: the configuration is wrong, for all alike
         fail(str(error))
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
@@ -49,13 +52,19 @@ def run_program(program: Callable[[Config], None], config_class: type[Config], u
         fail(f"the disk is full ({getattr(error, 'filename', None) or error}); free some space and run the same "
              "command again: finished work is intact and the run resumes from its last checkpoint")
     except RuntimeError as error:
-        if _sigterm["asked"]:  # the other processes, or a data worker just started, obeyed it first
-            _end_by_sigterm()
+        if sigterm_asked():  # the other processes, or a data worker just started, obeyed it first
+            end_by_sigterm()
         # Another process has ended, and its own message says why: no traceback beside it.
         if "RANK" not in os.environ or not re.search("by peer|Broken pipe", str(error)):
             raise
         print(f"process {os.environ['RANK']} ends: another process of the run has ended", file=sys.stderr, flush=True)
         os._exit(2)
+
+
+def leave_word_to_main() -> NoReturn:
+    """Ends a process after what goes wrong on all of them; the launcher ends all when the first one ends, so wait."""
+    time.sleep(3)
+    os._exit(2)
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -333,65 +342,6 @@ def load_checkpoint(file: str | Path, trainable: dict[str, torch.nn.Parameter],
         raise UserError(f"{file} cannot be read ({error}); remove it to start this stage anew") from error
 
 
-# --- SIGTERM ---------------------------------------------------------------------------------------------------------
-
-_sigterm = {"asked": False, "waits": False}
-
-
-def end_on_sigterm() -> None:
-    """From now on SIGTERM (from Slurm, a launcher or `kill`) ends this process with exit code 0 and one line.
-
-    It does so at once, or where a block under `sigterm_waits` says so. Files are atomic, so nothing needs to be tidied.
-    """
-
-    def ask(*_: Any) -> None:
-        _sigterm["asked"] = True
-        if not _sigterm["waits"]:
-            _end_by_sigterm()
-
-    signal.signal(signal.SIGTERM, ask)
-
-
-@contextlib.contextmanager
-def sigterm_waits() -> Iterator[None]:
-    """Within the block SIGTERM waits for the block's end; the block can look at `sigterm_asked` and end earlier."""
-    _sigterm["waits"] = True
-    try:
-        yield
-    finally:
-        _sigterm["waits"] = False
-    if _sigterm["asked"]:
-        _end_by_sigterm()
-
-
-def sigterm_asked() -> bool:
-    return _sigterm["asked"]
-
-
-def _end_by_sigterm() -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        with contextlib.suppress(OSError):  # not `print`, which a signal may have interrupted
-            os.write(1, b"stopped by SIGTERM; the same command goes on from here\n")
-    os._exit(0)
-
-
-def leave_sigterm_to_parent(_worker: int) -> None:
-    """For DataLoader workers (`worker_init_fn`): they end by SIGTERM only when it comes from their own process.
-
-    Slurm and torchrun send it to the workers, too, and a run whose workers are gone cannot finish its step.
-    """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-
-    def watch() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=watch, daemon=True).start()
-
-
 # --- processes and progress ----------------------------------------------------------------------------------------
 
 
@@ -468,6 +418,25 @@ def progress(iterable: Iterable | None = None, *, description: str, total: int |
     """A tqdm bar with time left; where the output is no terminal it prints a line at most every 15 seconds."""
     from tqdm import tqdm
 
-    interval = 0.5 if sys.stderr.isatty() else 15.0
+    terminal = sys.stderr.isatty()
+    interval = 0.5 if terminal else 15.0
     return tqdm(iterable, desc=description, total=total, initial=initial, disable=not enabled, dynamic_ncols=True,
-                mininterval=interval, maxinterval=interval, smoothing=0.1)
+                mininterval=interval, maxinterval=interval, smoothing=0.1, file=sys.stderr if terminal else _Lines())
+
+
+class _Lines:
+    """Takes a bar's states, which overwrite each other on a terminal, as lines."""
+
+    def write(self, text: str) -> None:
+        if line := text.replace("\x1b[A", "").strip():  # tqdm moves up from the second bar on
+            sys.stderr.write(line + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def duration(seconds: float) -> str:
+    """In words for people: seconds, minutes, or hours and minutes."""
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes // 60} h {minutes % 60} min" if minutes > 99 else \
+        f"{minutes} min"

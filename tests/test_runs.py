@@ -125,3 +125,15 @@ def test_a_users_mistake_ends_in_one_line_and_exit_code_2(tmp_path, body, messag
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "config.yaml"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(message.strip())
     assert "Traceback" not in done.stderr
+
+
+def test_progress_where_there_is_no_terminal_is_lines(capsys):
+    with runs.progress(total=4, description="outer") as outer:
+        for _ in runs.progress(range(3), description="inner: A"):
+            outer.write("a sentence")
+        outer.update(4)
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == "a sentence\n" * 3 and captured.err.endswith("\n")
+    assert all(line.startswith(("outer: ", "inner: A: ")) for line in lines) and "\r" not in captured.err
+    assert any("4/4" in line for line in lines) and any("3/3" in line for line in lines)

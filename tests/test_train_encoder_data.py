@@ -28,10 +28,11 @@ from pyarrow import parquet
 
 from benchmarks import encoder_data as encoder_data_benchmark
 from clipmoe_vlm import CLIPMoEModel
+from clipmoe_vlm.loading import loader
 from clipmoe_vlm.processors import clip_tokenizer
 from clipmoe_vlm.runs import UserError, load_config
 from train_encoder.config import EncoderConfig
-from train_encoder.data import Collate, Pairs, Samples, load_collate, loader, open_picture
+from train_encoder.data import Collate, Pairs, Samples, load_collate, open_picture
 from train_encoder.sampler import cluster_batches, rank_slice
 from train_encoder.sources import build_index
 
@@ -361,7 +362,7 @@ def test_pictures_too_large_are_refused_by_their_header(tmp_path, monkeypatch, s
     if limit is None:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some libraries set it
     message = opened(tmp_path, claimed_png(*size))
-    assert ("refused picture" if limit is None or size[1] == 1 else "exceeds limit") in message
+    assert ("refused for its" if limit is None or size[1] == 1 else "exceeds limit") in message
     assert "unreadable" in opened(tmp_path, claimed_png(10, 10))  # what that file is otherwise
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb_file import wandb_records, wandb_rows
 
 from clipmoe_vlm import CLIPMoEModel
 from clipmoe_vlm.routing import router_movement, routing_statistics
@@ -151,27 +149,9 @@ def test_tensorboard_has_every_update_once(broken):
     assert text[0].tensor_proto.string_val[0].decode() == (broken / "summary.md").read_text()
 
 
-def wandb_records(file: Path) -> Iterator[Record]:
-    """The records of W&B's own file: those of LevelDB's log format after a header of 7 bytes."""
-    data, at, whole = file.read_bytes(), 7, b""
-    while at < len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
-            continue
-        size, kind = struct.unpack("<HB", data[at + 4:at + 7])
-        whole += data[at + 7:at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or its last part
-            yield Record.FromString(whole)
-            whole = b""
-
-
 def test_wandb_continues_one_run_without_repeating_an_update(broken):
     file, = broken.glob("wandb/offline-run-*/*.wandb")  # that of the killed process has gone
-    records = list(wandb_records(file))
-    rows = [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            for record in records if record.WhichOneof("record_type") == "history"]
+    records, rows = list(wandb_records(file)), wandb_rows(file)
     metrics = read_jsonl(broken / "metrics.jsonl")
     assert [row["_step"] for row in rows] == list(range(1, len(metrics) + 1))
     for row, logged in zip(rows, metrics, strict=True):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 
 import torch
 from omegaconf import MISSING
 
 from clipmoe_vlm.runs import Distributed, UserError
+from clipmoe_vlm.trackers import check_trackers
 
 AUTO_CLUSTERS = range(2, 7)  # what `num_clusters: auto` chooses from
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -17,7 +17,6 @@ METHODS = ("dmu", "direct", "sparse_upcycling", "mcl_random_batches", "without_m
 # out of memory at hour 9 needs the micro-batches.
 MAY_CHANGE = ("workers", "checkpoint_every", "log_routing_every", "trackers", "gradient_checkpointing",
               "micro_batch_size", "compile")
-TRACKERS = ("tensorboard", "wandb")  # also the names of their packages
 
 
 @dataclass
@@ -126,11 +125,7 @@ def check(config: EncoderConfig, distributed: Distributed) -> None:
     if config.method == "dmu" and clusters ** (2 * (config.num_experts - 1)) >= 2**63:  # their labels are int64
         raise UserError(f"num_clusters: {clusters} per modality in {config.num_experts - 1} stages is more clusters "
                         "than any data has samples; lower num_clusters or num_experts")
-    for name in config.trackers:
-        if name not in TRACKERS:
-            raise UserError(f"trackers: {name!r} is not one of {', '.join(TRACKERS)}")
-        if find_spec(name) is None:
-            raise UserError(f"trackers: {name} is not installed; type `pip install {name}`, or leave it out")
+    check_trackers(config.trackers)
     if config.micro_batch_size is not None and config.micro_batch_size < 1:
         raise UserError(f"micro_batch_size: {config.micro_batch_size} must be at least 1, or null")
     if config.top_k > config.num_experts:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import transforms
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from clipmoe_vlm import CLIPMoEConfig
-from clipmoe_vlm.runs import UserError, leave_sigterm_to_parent
+from clipmoe_vlm.pictures import open_rgb
+from clipmoe_vlm.runs import UserError
 
-# A picture beyond these is refused by its header alone, before it is decoded.
-MAX_PIXELS = 178_956_970  # 537 MB as RGB; where PIL, too, takes a file for a decompression bomb
-MAX_SIDES_RATIO = 100  # resizing makes the short side as long as the model's: a line of 20,000 x 1 would be gigabytes
 CHARACTERS_PER_TOKEN = 64  # more text than the longest caption can use is not tokenized at all
 
 
@@ -69,10 +63,8 @@ def read_part(file: str, offset: int, size: int) -> bytes:
 
 
 def open_picture(where: str | bytes | list, name: str) -> Image.Image | str:
-    """RGB picture from a path, a file's content or [file, offset, size]; or a sentence saying why not (a skip).
-
-    As in CLIP's own training: the first frame of an animation, transparency left out (the colours below it show), EXIF
-    rotation not applied. Grey of 16 bits is scaled to 8 (PIL would cut it off).
+    """RGB picture (as `open_rgb`) from a path, a file's content or [file, offset, size]; or a sentence saying why not
+    (a skip).
 
     Raises:
         UserError: the whole shard is gone.
@@ -80,17 +72,9 @@ def open_picture(where: str | bytes | list, name: str) -> Image.Image | str:
     if isinstance(where, list):
         where = read_part(*where)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's, on odd but readable files: they would flood the log
-            with Image.open(where if isinstance(where, str) else io.BytesIO(where)) as picture:  # reads the header
-                width, height = picture.size
-                if width * height > MAX_PIXELS or max(width, height) > MAX_SIDES_RATIO * min(width, height):
-                    return f"sample {name}: refused picture ({width} x {height} pixels)"
-                if picture.mode.startswith("I;16"):
-                    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-                return picture.convert("RGB")
-    except Exception as error:  # PIL's decoders raise whatever comes on broken files
-        return f"sample {name}: unreadable picture ({re.sub(' object at 0x[0-9a-f]+', '', str(error))})"
+        return open_rgb(where)
+    except OSError as error:
+        return f"sample {name}: unreadable picture ({error})"
 
 
 class Pairs(Dataset):
@@ -173,38 +157,3 @@ def load_collate(folder: str | Path) -> Collate:
     # PIL's resizing is what CLIP was trained with; torchvision's differs in the last bits.
     return Collate(AutoImageProcessor.from_pretrained(folder, backend="pil"), AutoTokenizer.from_pretrained(folder),
                    config.text_config.max_position_embeddings, config.vision_config.image_size)
-
-
-class _Batches(Dataset):
-    """Item n -> the n-th batch. A UserError is an item, too: as an exception it would leave a worker as a traceback."""
-
-    def __init__(self, dataset: Dataset, collate: Callable[[list], Any], batches: Sequence[Sequence[int]]):
-        self.dataset, self.collate, self.batches = dataset, collate, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> Any:
-        try:
-            return self.collate([self.dataset[int(item)] for item in self.batches[number]])
-        except UserError as error:
-            return error
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def loader(dataset: Dataset, collate: Callable[[list], Any], batches: Sequence[Sequence[int]],
-           workers: int) -> Iterator[Any]:
-    """The given batches of sample numbers, collated, in that order whatever the number of workers.
-
-    Raises:
-        UserError: one that a worker met, in this process.
-    """
-    for batch in DataLoader(_Batches(dataset, collate, batches), batch_size=None, collate_fn=_as_it_is,
-                            num_workers=workers, pin_memory=torch.cuda.is_available(),
-                            worker_init_fn=leave_sigterm_to_parent):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from clipmoe_vlm.loading import loader
 from clipmoe_vlm.runs import Distributed, UserError, atomic_write, progress, write_json
 
 from .config import PRECISIONS
-from .data import loader
 
 CHUNK = 128  # samples of one forward
 SHARD = 512 * CHUNK  # samples of one file: what a killed encoding has to do again at most

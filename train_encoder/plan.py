@@ -10,7 +10,6 @@ short captions, a base gate) are not counted.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from dataclasses import dataclass
@@ -24,15 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipmoe_vlm import CLIPMoEConfig, CLIPMoEModel
 from clipmoe_vlm.convert import config_of
 from clipmoe_vlm.modeling_clipmoe import CLIPMoEMLP
+from clipmoe_vlm.planning import GPU_OVERHEAD, hours, plan_parser, read_options
 from clipmoe_vlm.runs import Distributed, UserError, fail, load_config
 from clipmoe_vlm.upcycling import expert_parameters, ffn_parameters, router_parameters
 
 from .config import EncoderConfig, MCLConfig, RouterConfig, check
 
-A100_TFLOPS = 312.0  # dense bfloat16, as its data sheet says
 # The paper's own: 8 A100 take half an hour for an MCL stage of ViT-L/14 on 1.2 M pairs (tests/test_plan.py).
 UTILISATION = 0.15
-GPU_OVERHEAD = 2**30  # CUDA's context and the libraries' workspaces
 
 
 @dataclass
@@ -241,15 +239,14 @@ def plan(config: EncoderConfig, *, gpus: int, samples: int, tflops: float, utili
         cached = config.micro_batch_size is not None and config.micro_batch_size < batch_size // gpus
         return cost.forward * (1 + cached + config.gradient_checkpointing) + cost.backward
 
-    def hours(flops_per_pair: float, pairs: int) -> float:
-        return flops_per_pair * pairs / (gpus * tflops * 1e12 * utilisation * 3600)
-
     def pairs_of(settings: MCLConfig | RouterConfig) -> int:
         return settings.max_steps * settings.batch_size if settings.max_steps else settings.epochs * samples
 
     mcl_step, router_step = step(mcl, config.mcl.batch_size), step(router, config.router.batch_size)
-    encoding, tuning = hours(mcl.forward, samples), hours(router_step, pairs_of(config.router))
-    stage = encoding + hours(mcl_step, pairs_of(config.mcl))
+    encoding, stage, tuning = (
+        hours(flops, gpus, tflops, utilisation)
+        for flops in (mcl.forward * samples, mcl.forward * samples + mcl_step * pairs_of(config.mcl),
+                      router_step * pairs_of(config.router)))
     return [
         f"parameters: {_millions(dense)} dense, {_millions(total)} as CLIP-MoE, of which {_millions(active)} work on a "
         "token",
@@ -268,16 +265,9 @@ def _millions(count: int) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m train_encoder.plan", description=__doc__.split(":")[0],
-                                     usage="%(prog)s CONFIG.yaml [key=value ...] [options]")
-    parser.add_argument("--gpus", type=int, default=1)
+    parser = plan_parser("train_encoder.plan", __doc__.split(":")[0], UTILISATION, "as in the paper's runs")
     parser.add_argument("--samples", type=int, default=1_000_000, help="training pairs (default: 1,000,000)")
-    parser.add_argument("--tflops", type=float, default=A100_TFLOPS, help="of a GPU, bfloat16 (default: A100's 312)")
-    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="default: 0.15, as in the paper's runs")
-    options, others = parser.parse_known_args(arguments)
-    for name, value in vars(options).items():
-        if value <= 0:
-            raise UserError(f"--{name} must be above 0")
+    options, others = read_options(parser, arguments)
     config = load_config(EncoderConfig, others, "python -m train_encoder.plan")
     print("\n".join(plan(config, **vars(options))))
 

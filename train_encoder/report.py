@@ -14,12 +14,13 @@ import numpy as np
 from safetensors import safe_open
 
 from clipmoe_vlm import CLIPMoEConfig
-from clipmoe_vlm.runs import atomic_write, read_jsonl
+from clipmoe_vlm.figures import plot_routing
+from clipmoe_vlm.runs import atomic_write, duration, read_jsonl
 
 from .compare import comparison, differences, headline, intervals, losses, print_red
 from .config import EncoderConfig, MCLConfig, RouterConfig
 from .evaluation_summary import cell, table
-from .figures import Scores, plot_routing, plot_scores, plot_stage
+from .figures import Scores, plot_scores, plot_stage
 
 if TYPE_CHECKING:
     from .train import Run
@@ -198,12 +199,6 @@ def training_table(run: Run) -> list[str]:
         lines.append(f"| {training.folder} | {done['steps']} | {duration(sum(seconds))} | "
                      f"{np.mean(loss[:tenth]):.3f}, {np.mean(loss[-tenth:]):.3f} | {' | '.join(cells)} |")
     return lines
-
-
-def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes // 60} h {minutes % 60} min" if minutes > 99 else \
-        f"{minutes} min"
 
 
 def routing_words(rows: list[dict]) -> list[str]:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipmoe_vlm import CLIPMoEModel
+from clipmoe_vlm.loading import loader
 from clipmoe_vlm.moe import SparseMoE
 from clipmoe_vlm.runs import atomic_write
 
-from .data import Pairs, loader
+from .data import Pairs
 
 if TYPE_CHECKING:
     from .train import Run

@@ -19,14 +19,13 @@ from clipmoe_vlm.convert import load_dense, processors_of, save_folder
 from clipmoe_vlm.runs import (
     UserError,
     atomic_write,
-    end_on_sigterm,
     init_distributed,
     prepare_output,
     run_program,
-    sigterm_waits,
     stage_seed,
     write_json,
 )
+from clipmoe_vlm.sigterm import end_on_sigterm, sigterm_waits
 from clipmoe_vlm.upcycling import (
     expert_parameters,
     ffn_parameters,
@@ -61,7 +60,7 @@ def main(config: EncoderConfig) -> None:
         check(config, distributed)
         prepare_output(config, may_change=MAY_CHANGE)
         if "wandb" in config.trackers:
-            trackers.start_wandb(config, folder)
+            trackers.open_wandb(config, folder)
         found = build_index(config.train_data, folder / "index" / "train.jsonl", config.image_column,
                             config.caption_column, config.image_root, config.short_captions)
         print(f"train data: {found}", flush=True)

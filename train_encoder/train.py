@@ -15,19 +15,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipmoe_vlm import CLIPMoEModel
+from clipmoe_vlm.loading import loader
 from clipmoe_vlm.runs import (
     Distributed,
     UserError,
     load_checkpoint,
     progress,
     save_checkpoint,
-    sigterm_asked,
     stage_seed,
     write_json,
 )
+from clipmoe_vlm.sigterm import sigterm_asked
 
 from .config import EncoderConfig, MCLConfig, RouterConfig
-from .data import Collate, Pairs, Samples, loader
+from .data import Collate, Pairs, Samples
 from .features import autocast
 from .loss import total_loss
 from .routers import BiasBalancing
