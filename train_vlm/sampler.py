@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from clipmoe_vlm.runs import stage_seed
+
 
 def modality_length_order(lengths: Sequence[int], batch_size: int, chunks: int,
                           generator: torch.Generator) -> list[int]:
@@ -68,6 +70,9 @@ class BatchPlan:
     Args:
         lengths: words of each sample, negative without a picture.
         grouped: by modality and length; else in random order.
+        weights: of each source, in the order of `lengths`, its number of samples and how often each of them comes in an
+            epoch. Of weight 2.3 all come twice, and 30% of them, which each epoch draws anew, a third time.
+            By default every sample comes once.
     """
 
     lengths: list[int]
@@ -76,22 +81,47 @@ class BatchPlan:
     world_size: int
     grouped: bool
     seed: int
+    weights: Sequence[tuple[int, float]] = ()
 
     @property
     def global_batch_size(self) -> int:
         return self.micro_batch_size * self.accumulation_steps * self.world_size
 
     @property
+    def _sources(self) -> Sequence[tuple[int, float]]:
+        return self.weights or [(len(self.lengths), 1)]
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return sum(round(count * weight) for count, weight in self._sources)
+
+    @property
     def steps_per_epoch(self) -> int:
         """The last batch of an epoch may be smaller; it is used."""
-        return -(-len(self.lengths) // self.global_batch_size)
+        return -(-self.samples_per_epoch // self.global_batch_size)
 
     def order(self, epoch: int) -> list[int]:
+        drawn = self._drawn(epoch)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        if not self.grouped:
-            return torch.randperm(len(self.lengths), generator=generator).tolist()
-        chunks = self.accumulation_steps * self.world_size
-        return modality_length_order(self.lengths, self.micro_batch_size, chunks, generator)
+        if self.grouped:
+            chunks = self.accumulation_steps * self.world_size
+            lengths = [self.lengths[index] for index in drawn]
+            order = modality_length_order(lengths, self.micro_batch_size, chunks, generator)
+        else:
+            order = torch.randperm(len(drawn), generator=generator).tolist()
+        return [drawn[place] for place in order]
+
+    def _drawn(self, epoch: int) -> list[int]:
+        """The samples of an epoch, in the order of the sources; all of them once if every weight is 1."""
+        drawn: list[int] = []
+        first = 0
+        for number, (count, weight) in enumerate(self._sources):
+            whole, rest = divmod(round(count * weight), count)
+            generator = torch.Generator().manual_seed(stage_seed("source", self.seed, epoch, number))
+            part = torch.randperm(count, generator=generator)[:rest].sort().values + first
+            drawn += [*range(first, first + count)] * whole + part.tolist()
+            first += count
+        return drawn
 
     def micro_batches(self, rank: int, first_step: int, last_step: int) -> Iterator[list[int]]:
         """This rank's micro-batches of steps `first_step` (included) to `last_step` (not), possibly empty ones.
