@@ -72,8 +72,8 @@ def chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if name == "v1":
         return _FLATTEN + _V1
     if not tokenizer.chat_template:
-        raise UserError(f"template: chat, but the tokenizer in {tokenizer.name_or_path} has no chat template; "
-                        "use template: v1")
+        raise UserError(f"template: chat, but the tokenizer in {tokenizer.name_or_path} has no chat template; give it "
+                        "one, or use template: v1 (Vicuna's, for instructions) or plain (for captions)")
     # A tokenizer that writes its own <s> would meet a second one from a template that writes it too.
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     return _FLATTEN + ("{%- set bos_token = '' -%}\n" if adds_bos else "") + tokenizer.chat_template

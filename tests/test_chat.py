@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as token_decoders
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerFast
 
 from clipmoe_vlm.chat_templates import IMAGE_TOKEN, chat_template
 from clipmoe_vlm.runs import UserError
 from train_vlm.chat import IGNORE_INDEX, ChatEncoder
+from train_vlm.data import ConversationDataset
 
 REFERENCE = Path(__file__).parent / "reference"
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
@@ -91,14 +92,74 @@ def test_own_chat_template_labels_answers_only(byte_level, source, turns, pictur
     assert input_ids[: len(prompt)] == prompt
 
 
-def test_samples_without_answers_are_refused(llama):
+def turns(*texts: str, first: str = "human") -> list[dict[str, str]]:
+    """A conversation of turns that alternate."""
+    speakers = ["human", "gpt"] if first == "human" else ["gpt", "human"]
+    return [{"from": speakers[number % 2], "value": value} for number, value in enumerate(texts)]
+
+
+@pytest.mark.parametrize("conversations, words", [
+    (turns("Hello?"), "no turn of the assistant"),
+    (turns("First!", first="gpt"), "no turn of the assistant"),
+    (turns("Hello?", "Yes", " ", "Why?"), "turn 3 .human. is empty"),
+    (turns("Hello?", "Yes", "And?", "\n"), "turn 4 .gpt. is empty"),
+    (turns("What is it?", "<image> A cat."), "turn 2 is an answer with an <image> mark"),
+    (turns("<image>", "What?", "A cat.", first="gpt"), "turn 1 is an answer with an <image> mark"),
+    (turns("What does <s>this</s> mean?", "Struck out."), r"turn 1 .human. holds '<s>', .* control token"),
+    (turns("What?", "Struck out: </s>"), r"turn 2 .gpt. holds '</s>', .* control token"),
+    ([*turns("One", "1"), *turns("Again 1", first="gpt")], "answer 2 behind its generation prompt"),
+    (turns("What is \ue000?", "A gap."), "holds the character"),
+])
+def test_what_cannot_be_learned_from_is_said(llama, conversations, words):
+    with pytest.raises(ValueError, match=words):
+        encoder_of(llama, "v1").encode(conversations)
+
+
+def test_opening_turn_of_the_assistant_is_left_out(llama):
     encoder = encoder_of(llama, "v1")
-    for conversations in ([{"from": "human", "value": "Hello?"}], [{"from": "gpt", "value": "First!"}]):
-        with pytest.raises(ValueError, match="no turn of the assistant"):
-            encoder.encode(conversations)
+    assert encoder.encode(turns("Welcome!", "Hello?", "Yes", first="gpt")) == encoder.encode(turns("Hello?", "Yes"))
 
 
-def test_a_template_that_asks_in_another_way_than_it_answers_is_refused(byte_level):
-    source = CHATML.replace("<|im_start|>assistant\\n' }}{% endif", "<|im_start|>assistant\\n<think>' }}{% endif")
-    with pytest.raises(UserError, match="another prompt than it is asked with"):
-        encoder_of(byte_level, "chat", source)
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.replace("assistant\\n' }}{% endif", "assistant\\n<think>' }}{% endif"),
+     "another prompt than it is asked with"),
+    (lambda s: s.replace("'<|im_end|>' + '\\n'", "''"), "does not mark where an answer ends"),
+    (lambda s: "{{ raise_exception('no user') }}", "can't render questions and answers: no user"),
+    (lambda s: s.replace("message['content']", "'x'"), "leaves out answers"),
+])
+def test_a_template_that_does_not_fit_is_refused_at_start(byte_level, change, words):
+    assert change(CHATML) != CHATML
+    with pytest.raises(UserError, match=words):
+        encoder_of(byte_level, "chat", change(CHATML))
+
+
+def test_without_a_chat_template_the_others_are_named(llama):
+    with pytest.raises(UserError, match="has no chat template; .*template: v1 .*plain"):
+        encoder_of(llama, "chat")
+
+
+QUESTION = "What is blue?"
+
+
+@pytest.mark.parametrize("spare, whole_answers", [(0, 3), (-1, 2), (-40, 2), (None, 0)])
+def test_long_conversations_end_with_a_whole_answer(llama, spare, whole_answers):
+    """`spare`: tokens that the limit leaves behind the last answer; None: the first answer does not fit."""
+    conversation = turns("<image>\nLook.", "One long answer of some words.", QUESTION, "The sky.",
+                         f"<image>{IMAGE_TOKEN}{' long' * 40}", "A cat.")
+    encoder = encoder_of(llama, "v1")
+    ids, labels = encoder.encode(conversation)
+    image = llama.convert_tokens_to_ids(IMAGE_TOKEN)
+    first_end = next(i for i, label in enumerate(labels) if label == llama.eos_token_id)
+    limit = first_end + 4 if spare is None else len(ids) + 3 * 4 + spare
+    picture = {"bytes": (REFERENCE / "llava_train/images/scene03.png").read_bytes()}
+    item = ConversationDataset([{"image": [picture] * 3, "conversations": conversation}], encoder,
+                               CLIPImageProcessor.from_pretrained(REFERENCE / "llava_train/tower"), image,
+                               lambda size: 5, limit)[0]
+    if not whole_answers:
+        assert item["problem"] == f"no whole answer within max_length {limit}"
+        return
+    whole, _ = encoder.encode(conversation[: 2 * whole_answers])
+    assert item["input_ids"].tolist() == [token for token in whole for _ in range(5 if token == image else 1)]
+    assert item["labels"][-1] == llama.eos_token_id and item["truncated"] == (whole_answers < 3)
+    assert (item["labels"] == llama.eos_token_id).sum() == whole_answers
+    assert len(item["pictures"]) == whole.count(image) == (3 if whole_answers == 3 else 1)
