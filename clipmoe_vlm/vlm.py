@@ -70,17 +70,29 @@ def feature_layers(config: PretrainedConfig) -> list[int]:
     return [layers] if isinstance(layers, int) else list(layers)
 
 
-def tokens_per_picture(config: PretrainedConfig) -> int:
-    """Tokens of a picture in the language model; in LLaVA-NeXT those of the small whole picture, before its tiles."""
+def tokens_per_picture(config: PretrainedConfig, size: tuple[int, int] | None = None) -> int:
+    """Tokens of a picture in the language model.
+
+    Args:
+        size: the picture's (height, width) in pixels, on which LLaVA-NeXT's tiles depend; without it only the small
+            whole picture in front of them counts.
+    """
     vision = config.vision_config
-    tokens = (vision.image_size // vision.patch_size) ** 2 + has_class_token(vision)
-    return tokens - (select_strategy(config) == "default")
+    side = vision.image_size // vision.patch_size
+    tokens = side**2 + has_class_token(vision) - (select_strategy(config) == "default")
+    if config.model_type != "llava_next" or size is None:
+        return tokens
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    grid = get_anyres_image_grid_shape(list(size), config.image_grid_pinpoints, vision.image_size)
+    _, rows, columns = unpad_image(torch.empty(0, grid[0] * side, grid[1] * side), list(size)).shape
+    return tokens + rows * (columns + 1)  # image_newline ends each row
 
 
 def check_config(config: PretrainedConfig) -> None:
     """Raises:
         ValueError: not of the LLaVA family; a hidden state that the tower does not have; a tower without class token
-            in a VLM that drops the first token.
+            in a VLM that drops the first token; one with it in a LLaVA-NeXT that keeps it.
     """
     if config.model_type not in FAMILY:
         raise ValueError(f"model_type '{config.model_type}' is no VLM of the LLaVA family; supported are "
@@ -97,6 +109,10 @@ def check_config(config: PretrainedConfig) -> None:
                 "token; set it to 'full'")
         raise ValueError(f"the vision tower has no class token, so that of its {patches} patches only {patches - 1} "
                          f"would reach the language model: {what}")
+    keeps_class_token = select_strategy(config) == "full" and has_class_token(config.vision_config)
+    if config.model_type == "llava_next" and keeps_class_token:
+        raise ValueError("LLaVA-NeXT puts tiles together patch by patch and has no place for the tower's class token "
+                         "(vision_feature_select_strategy must be 'default')")
 
 
 def check_projector(shape: Sequence[int], config: PretrainedConfig) -> None:

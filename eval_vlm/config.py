@@ -101,7 +101,7 @@ class LlavaBenchConfig(QuestionsConfig):
 
 @dataclass
 class EvalConfig:
-    model: str = MISSING  # a VLM folder that LlavaForConditionalGeneration loads
+    model: str = MISSING  # a VLM folder: train_vlm's, or any of transformers' Llava or LlavaNext
     output_dir: str = MISSING
     suites: list[str] = field(default_factory=lambda: ["pope", "mme"])
     pope: PopeConfig = field(default_factory=PopeConfig)

@@ -20,13 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    DynamicCache,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
 
 import clipmoe_vlm  # noqa: F401  (registers the CLIP-MoE tower with transformers)
+from clipmoe_vlm.pictures import open_rgb
 from clipmoe_vlm.runs import UserError
 from clipmoe_vlm.vlm import check_processor
 
+MODELS = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 # A lead of the best token over the second that rounding can't turn round; logits are of order 10.
 NEAR_TIE = {torch.float32: 1e-3, torch.float16: 0.06, torch.bfloat16: 0.5}
 # transformers renamed the argument; its old name still works but warns.
@@ -42,7 +48,8 @@ class Picture:
     name: str
     path: Path
     ids: dict[str, torch.Tensor]  # record id -> [length]
-    pixel_values: torch.Tensor
+    pixel_values: torch.Tensor  # [tiles, C, H, W]; one tile but for LLaVA-NeXT
+    size: tuple[int, int]  # height and width on the disk
     prefix: int  # tokens that all prompts share
     cache: KeysValues = field(default_factory=list)
     features: torch.Tensor | None = None
@@ -56,10 +63,10 @@ def load_vlm(folder: str | Path, device: torch.device, precision: str = "auto") 
             fit the model.
     """
     folder = Path(folder)
-    check_vlm_folder(folder)
+    model_class = MODELS[check_vlm_folder(folder)]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
              "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[precision]
-    model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise UserError(f"{folder}: no weights for {sorted(info['missing_keys'])[0]} and "
                         f"{len(info['missing_keys']) - 1} more; the folder is not whole, make it again")
@@ -74,9 +81,11 @@ def load_vlm(folder: str | Path, device: torch.device, precision: str = "auto") 
     return model.to(device).eval(), processor
 
 
-def check_vlm_folder(folder: Path) -> None:
-    """Raises:
-        UserError: `folder` is no folder of LlavaForConditionalGeneration.
+def check_vlm_folder(folder: Path) -> str:
+    """The model_type of a VLM folder.
+
+    Raises:
+        UserError: `folder` is none that can answer here.
     """
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
@@ -84,9 +93,10 @@ def check_vlm_folder(folder: Path) -> None:
         raise UserError(f"model {folder}: there is no config.json; name a model folder of train_vlm") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / 'config.json'} is not valid JSON ({error}); make the folder again") from error
-    if model_type != "llava":
-        raise UserError(f"model {folder} is not a VLM: its model_type is '{model_type}', supported is 'llava' "
-                        "(a folder of LlavaForConditionalGeneration, such as train_vlm writes)")
+    if model_type not in MODELS:
+        raise UserError(f"model {folder} is not a VLM: its model_type is '{model_type}', supported are 'llava' and "
+                        "'llava_next' (such as train_vlm writes)")
+    return model_type
 
 
 class Answerer:
@@ -105,6 +115,7 @@ class Answerer:
                 processor.tokenizer.eos_token_id]
         self.end_tokens = sorted({token for end in ends for token in (end if isinstance(end, list) else [end])
                                   if token is not None})
+        self.tiles = model.config.model_type == "llava_next"
         self.near_tie = NEAR_TIE[model.dtype]
 
     @torch.inference_mode()
@@ -139,9 +150,8 @@ class Answerer:
         """Reads one picture and tokenises all prompts about it."""
         path = folder / group[0]["image"]
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            image = open_rgb(path)
+        except OSError as error:
             raise UserError(f"{path}: the picture of question {group[0]['id']} can't be read ({error}); "
                             "put a whole file there and run the same command again") from error
         texts = [self._prompt(record["prompt"]) for record in group]
@@ -163,7 +173,8 @@ class Answerer:
         shortest = min(len(one) for one in ids.values())
         same = torch.stack([one[:shortest] == next(iter(ids.values()))[:shortest] for one in ids.values()]).all(0)
         shared = int(same.long().cumprod(0).sum())
-        return Picture(group[0]["image"], path, ids, first["pixel_values"], min(shared, shortest - 1))
+        return Picture(group[0]["image"], path, ids, first["pixel_values"].flatten(0, -4), (image.height, image.width),
+                       min(shared, shortest - 1))
 
     def _prompt(self, question: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -182,7 +193,7 @@ class Answerer:
         answers, close = self._decode(batch)
         for index in close if len(batch) > 1 else []:
             picture, record = batch[index]
-            alone = Picture(picture.name, picture.path, picture.ids, picture.pixel_values, picture.prefix)
+            alone = Picture(picture.name, picture.path, picture.ids, picture.pixel_values, picture.size, picture.prefix)
             self._compute_prefixes([alone])
             answers[index] = self._decode([(alone, record)])[0][0]
         return [(record, answer) for (_, record), answer in zip(batch, answers, strict=True)]
@@ -202,7 +213,8 @@ class Answerer:
         if not pictures:
             return
         pixels = torch.cat([picture.pixel_values for picture in pictures]).to(self.model.device, self.model.dtype)
-        outputs = self.model.get_image_features(pixel_values=pixels, return_dict=True)
+        sizes = {"image_sizes": [picture.size for picture in pictures]} if self.tiles else {}
+        outputs = self.model.get_image_features(pixel_values=pixels, return_dict=True, **sizes)
         starts = []
         for picture, features in zip(pictures, outputs.pooler_output, strict=True):
             picture.features = features
