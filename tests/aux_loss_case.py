@@ -22,7 +22,7 @@ from transformers import (
 
 from clipmoe_vlm import CLIPMoEVisionConfig, add_router_aux_loss
 from clipmoe_vlm.moe import Experts, Router
-from train_vlm.loss import VLMLoss
+from train_vlm.loss import VLMLoss, labelled
 
 LLAMA = Path(__file__).parent / "reference/llava_train/llama"
 COEF, RATE, UPDATES, BATCH = 0.5, 0.1, 3, 2
@@ -163,7 +163,9 @@ def own_loop(batches: list[list[dict[str, Tensor]]], accumulation: int, trained:
         optimizer.zero_grad()
         lm_loss = aux_loss = 0.0
         for batch in micro_batches:
-            loss_sum, aux = vlm_loss(batch["input_ids"], batch["labels"], batch["pixel_values"], BATCH)
+            loss_sum, (balance_loss, z_loss), _ = vlm_loss(batch["input_ids"], *labelled(batch["labels"]),
+                                                           batch["pixel_values"], BATCH)
+            aux = balance_loss + model.config.vision_config.router_z_loss_coef * z_loss
             lm_loss, aux_loss = lm_loss + loss_sum / label_tokens, aux_loss + aux / len(micro_batches)
         (lm_loss + COEF * aux_loss).backward()
         optimizer.step()

@@ -13,11 +13,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from clipmoe_vlm.pictures import open_rgb
 from clipmoe_vlm.runs import UserError
 from clipmoe_vlm.vlm import tokens_per_picture
-from train_vlm.loss import VLMLoss
+from train_vlm.loss import VLMLoss, labelled
 from train_vlm.model import build
-from train_vlm.samples import read_picture
 from train_vlm.tuning import set_trainable
 
 
@@ -36,14 +36,15 @@ def test_every_patch_becomes_a_token_in_training_and_in_transformers(siglip, tmp
     model, processor = build(config)
     set_trainable(model, config)
     assert tokens_per_picture(model.config) == 4
-    picture = read_picture("scene03.png", LLAVA_TRAIN / "images")
+    picture = open_rgb(LLAVA_TRAIN / "images/scene03.png")
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(images=picture, text=text, return_tensors="pt")
     is_picture = inputs.input_ids == model.config.image_token_id
     assert int(is_picture.sum()) == 4
     assert inputs.pixel_values.shape == (1, 3, 28, 28)
-    loss, _ = VLMLoss(model)(inputs.input_ids, inputs.input_ids.masked_fill(is_picture, -100), inputs.pixel_values, 1)
+    labels = inputs.input_ids.masked_fill(is_picture, -100)
+    loss, *_ = VLMLoss(model)(inputs.input_ids, *labelled(labels), inputs.pixel_values, 1)
     loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
