@@ -1,4 +1,4 @@
-"""Runs of train_encoder in which something happens at a chosen moment: a signal, a full disk, a file that vanishes.
+"""Runs of a program in which something happens at a chosen moment: a signal, a full disk, a file that vanishes.
 
 A moment is the n-th time that the program touches a file whose event and path match a pattern: what is on the disk
 changes at such moments only, and they do not depend on how fast the machine is. The program runs in processes of its
@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,8 +52,8 @@ class End:
 class Server:
     """Starts runs: `with Server(world, environment) as server: server.run(config, Mishap("kill", 100))`."""
 
-    def __init__(self, world: Path, environment: dict[str, str]):
-        self.process = subprocess.Popen([sys.executable, __file__, str(world)], env=environment, text=True,
+    def __init__(self, world: Path, environment: dict[str, str], program: str = "train_encoder"):
+        self.process = subprocess.Popen([sys.executable, __file__, str(world), program], env=environment, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __enter__(self) -> Server:
@@ -133,14 +134,32 @@ def watch(world: str, mishap: Mishap, report: Path) -> None:
     sys.addaudithook(hook)
 
 
-def serve(world: str) -> None:
+def load_program(name: str) -> tuple[Callable, type]:
+    """The program's main function and the class of its configuration."""
+    if name == "train_encoder":
+        from train_encoder.config import EncoderConfig
+        from train_encoder.run import main
+
+        return main, EncoderConfig
+    import functorch.compile  # noqa: F401  # late imports of DeepSpeed and of the summary, once for all runs
+    import matplotlib.pyplot  # noqa: F401
+
+    from train_vlm.build_ops import prepare_deepspeed
+    from train_vlm.config import VLMConfig
+    from train_vlm.train import train
+
+    prepare_deepspeed()
+    return train, VLMConfig
+
+
+def serve(world: str, name: str) -> None:
     import torch
     from matplotlib.figure import Figure
 
-    from clipmoe_vlm.runs import end_on_sigterm, run_program
-    from train_encoder.config import EncoderConfig
-    from train_encoder.run import main
+    from clipmoe_vlm.runs import run_program
+    from clipmoe_vlm.sigterm import end_on_sigterm
 
+    main, config_class = load_program(name)
     torch.set_num_threads(1)
     Figure.savefig = lambda figure, stream, **settings: None  # drawing takes longer than all the rest
     for line in sys.stdin:
@@ -165,13 +184,13 @@ def serve(world: str) -> None:
             if job["processes"] > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["processes"]),
                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            sys.argv = ["train_encoder.run", job["config"]]
+            sys.argv = [name, job["config"]]
             if rank == mishap.rank:
                 watch(world, mishap, report)
             code = 0
             try:
                 end_on_sigterm()
-                run_program(main, EncoderConfig, "train_encoder")
+                run_program(main, config_class, name)
             except SystemExit as end:
                 code = end.code or 0
             except BaseException:
@@ -187,4 +206,4 @@ def serve(world: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], sys.argv[2])

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
 
-from clipmoe_vlm.runs import Distributed, UserError, init_distributed
+from clipmoe_vlm.runs import Distributed, UserError, init_distributed, leave_word_to_main
 from train_vlm.build_ops import prepare_deepspeed
 from train_vlm.config import VLMConfig
-from train_vlm.loss import LabelLoss, VLMLoss
+from train_vlm.loss import VLMLoss
 
 
 def start_processes() -> Distributed:
@@ -40,10 +39,16 @@ def start_engine(module: VLMLoss, groups: list[dict[str, Any]], config: VLMConfi
 
     if config.zero_stage == 3:
         # Gathered as a whole: which experts get tokens must not decide which collectives a process takes part in.
-        kinds = {type(m) for m in module.modules() if isinstance(m, (SparseMoE, LabelLoss))}
-        deepspeed.utils.set_z3_leaf_modules(module, list(kinds))
+        mixtures = [m for m in module.modules() if isinstance(m, SparseMoE)]
+        if mixtures:
+            deepspeed.utils.set_z3_leaf_modules(module, [SparseMoE])
+        for mixture in mixtures:
+            if any(parameter.requires_grad for parameter in mixture.parameters()):
+                mixture.register_forward_pre_hook(_with_gradient)
+        # Not as a part of it: where embeddings are tied, the head's gradient is not complete until theirs is.
+        deepspeed.zero.register_external_parameter(module.label_loss, module.label_loss.lm_head.weight)
     trained = sum(p.numel() for group in groups for p in group["params"])
-    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(trained, 500_000_000)}
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": bucket_size(trained)}
     if config.zero_stage == 3:
         zero |= {"stage3_prefetch_bucket_size": min(trained, 50_000_000), "stage3_param_persistence_threshold": 10_000}
     if config.offload:
@@ -60,8 +65,20 @@ def start_engine(module: VLMLoss, groups: list[dict[str, Any]], config: VLMConfi
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    engine = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
+    optimizer.state.clear()  # bf16 without ZeRO has made an update with zeros, which AdamW would count
+    return engine
+
+
+def bucket_size(trained: int) -> int:
+    """Gradients that ZeRO hands on at a time, of `trained` ones."""
+    return min(trained // 4 + 1, 500_000_000)
+
+
+def _with_gradient(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """ZeRO-3 reduces a leaf module's gradients when that of its input is there, and too early if it has none."""
+    return tuple(value if value.requires_grad else value.detach().requires_grad_() for value in inputs)
 
 
 def summed(values: torch.Tensor, processes: Distributed) -> list[float]:
@@ -72,29 +89,38 @@ def summed(values: torch.Tensor, processes: Distributed) -> list[float]:
     return values.tolist()
 
 
+def gathered(items: list[Any], processes: Distributed) -> list[Any]:
+    """The (small) lists of all processes, one after the other."""
+    parts: list[Any] = [items]
+    if processes.world_size > 1:
+        parts = [None] * processes.world_size
+        torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()}
+
+
 @contextlib.contextmanager
 def told_once(processes: Distributed) -> Iterator[None]:
-    """For what goes wrong on every process alike: only the main one speaks."""
+    """Ends all processes if the block fails with a UserError on any of them; only the main one speaks."""
+    error: UserError | None = None
     try:
         yield
-    except UserError:
-        if not processes.is_main:
-            _wait_and_exit()
-        raise
-
-
-def _wait_and_exit() -> NoReturn:
-    time.sleep(3)  # the launcher ends all processes when the first one ends: let the main process speak
-    os._exit(2)
+    except UserError as caught:
+        error = caught
+    messages = gathered([str(error)] if error else [], processes)
+    if messages and not processes.is_main:
+        leave_word_to_main()
+    if messages:
+        raise error or UserError(messages[0])
 
 
 def stop(processes: Distributed, message: str, samples: list[list[str]] | None = None) -> NoReturn:
     """Ends all processes with one sentence, which names the samples of all of them."""
-    ids = [sample for batch in samples or [] for sample in batch]
-    if processes.world_size > 1:
-        gathered: list[Any] = [None] * processes.world_size
-        torch.distributed.all_gather_object(gathered, ids)
-        ids = [sample for part in gathered for sample in part]
+    ids = gathered([sample for batch in samples or [] for sample in batch], processes)
     if not processes.is_main:
-        _wait_and_exit()
+        leave_word_to_main()
     raise UserError(message + ", ".join(ids[:16]) + (" ..." if len(ids) > 16 else ""))
