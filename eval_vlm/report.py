@@ -9,8 +9,8 @@ from clipmoe_vlm.runs import atomic_write
 from eval_vlm.suites.mme import COGNITION, PERCEPTION
 
 
-def write_summary(file: Path, scores: dict[str, Any]) -> str:
-    """Writes the summary of `scores` (the content of scores.json) to `file` and returns it."""
+def write_summary(file: Path, scores: dict[str, Any]) -> None:
+    """Writes the summary of `scores` (the content of scores.json) to `file`."""
     lines = [f"# Scores of {scores['model']}", "",
              f"Rule `{scores['rule']}`, batch size {scores['batch_size']}, greedy decoding. Brackets: 95% intervals, "
              "clustered by picture.", ""]
@@ -25,10 +25,24 @@ def write_summary(file: Path, scores: dict[str, Any]) -> str:
     for suite, categories in scores["suites"].items():
         lines += [f"- {suite} {name}: `{figures['questions_sha256']}`" for name, figures in categories.items()
                   if isinstance(figures, dict) and figures.get("questions_sha256")]
-    text = "\n".join(lines) + "\n"
     with atomic_write(file) as stream:
-        stream.write(text)
-    return text
+        stream.write("\n".join(lines) + "\n")
+
+
+def headline(scores: dict[str, Any]) -> dict[str, float]:
+    """The main figures of `scores`, by `suite/set`: POPE's F1 in percent, MME's points, the scores of the others."""
+    unit = 1 if scores["rule"] == "vlmevalkit" else 100
+    f1 = "f1_score" if scores["rule"] == "lmms_eval" else "f1"
+    found = {}
+    for suite, part in scores["suites"].items():
+        if suite == "pope":
+            figures = {name: unit * one[f1] for name, one in part.items() if name != "all"}
+        elif suite == "mme":
+            figures = {name: part[name] for name in ("perception", "cognition", "total")}
+        else:
+            figures = {name: one["score"] for name, one in part["scores"].items()}
+        found |= {f"{suite}/{name}": value for name, value in figures.items() if value is not None}
+    return found
 
 
 def pope_table(sets: dict[str, Any], rule: str) -> list[str]:

@@ -36,19 +36,15 @@ MAY_CHANGE = ("batch_size", "rule", "seed", "suites",
 
 
 def main(config: EvalConfig) -> None:
-    config_module.check(config)
-    for suite in config.suites:
-        check_rule(config.rule, rules_of(suite))
+    if evaluate(config):
+        print((Path(config.output_dir) / "summary.md").read_text(encoding="utf-8"))
+
+
+def evaluate(config: EvalConfig) -> dict:
+    """Answers and scores; returns the content of scores.json (on other processes than the main one {})."""
+    questions = load_questions(config)
     place = init_distributed()
     set_seed(config.seed)
-    questions = {}
-    for suite in config.suites:
-        records, hashes = module(suite).load(getattr(config, suite), config.limit)
-        folder = picture_folder(suite, getattr(config, suite))
-        for record in records:
-            record["prompt"] = module(suite).prompt(record, config.prompt_suffix)
-        check_pictures(records, folder)
-        questions[suite] = (records, hashes, folder)
     place.main_first(lambda: prepare(config, {suite: records for suite, (records, _, _) in questions.items()}))
 
     answerer = None
@@ -62,8 +58,29 @@ def main(config: EvalConfig) -> None:
                 answerer = Answerer(model, processor, config.batch_size, config.max_new_tokens)
             answer_all(answerer, mine, folder, answered, part_file(config, suite, place.rank), todo, place.is_main)
     place.barrier()
-    if place.is_main:
-        score_all(config, {suite: (records, hashes) for suite, (records, hashes, _) in questions.items()})
+    if not place.is_main:
+        return {}
+    return score_all(config, {suite: (records, hashes) for suite, (records, hashes, _) in questions.items()})
+
+
+def load_questions(config: EvalConfig) -> dict[str, tuple[list[dict], dict[str, str], Path]]:
+    """Of each suite its records with their prompts, the hashes of its files, and the folder of its pictures.
+
+    Raises:
+        UserError: the configuration, a question file or a picture is at fault.
+    """
+    config_module.check(config)
+    for suite in config.suites:
+        check_rule(config.rule, rules_of(suite))
+    questions = {}
+    for suite in config.suites:
+        records, hashes = module(suite).load(getattr(config, suite), config.limit)
+        folder = picture_folder(suite, getattr(config, suite))
+        for record in records:
+            record["prompt"] = module(suite).prompt(record, config.prompt_suffix)
+        check_pictures(records, folder)
+        questions[suite] = (records, hashes, folder)
+    return questions
 
 
 def prepare(config: EvalConfig, questions: dict[str, list[dict]]) -> None:
@@ -203,8 +220,8 @@ def answer_all(answerer: Answerer, records: list[dict], folder: Path, answered: 
         os.fsync(stream.fileno())
 
 
-def score_all(config: EvalConfig, questions: dict[str, tuple[list[dict], dict[str, str]]]) -> None:
-    """Reads the predictions, writes scores.json and summary.md, prints the latter."""
+def score_all(config: EvalConfig, questions: dict[str, tuple[list[dict], dict[str, str]]]) -> dict:
+    """Reads the predictions, writes scores.json and summary.md."""
     scores: dict = {"model": config.model, "rule": config.rule, "batch_size": config.batch_size,
                     "max_new_tokens": config.max_new_tokens, "prompt_suffix": config.prompt_suffix,
                     "limit": config.limit, "suites": {}}
@@ -220,7 +237,8 @@ def score_all(config: EvalConfig, questions: dict[str, tuple[list[dict], dict[st
         scores["suites"][suite] = report(suite, rows, config.rule, hashes, config.seed)
     output = Path(config.output_dir)
     write_json(output / "scores.json", scores)
-    print(write_summary(output / "summary.md", scores))
+    write_summary(output / "summary.md", scores)
+    return scores
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Small models and reference files that several tests use."""
 
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch  # noqa: E402
 from encoder_crash import Server  # noqa: E402
 from encoder_data import environment, make_world  # noqa: E402
 
+from clipmoe_vlm import CLIPMoEVisionConfig, CLIPMoEVisionModel  # noqa: E402
+
 REFERENCE = Path(__file__).parent / "reference"
 
 
@@ -18,6 +21,20 @@ REFERENCE = Path(__file__).parent / "reference"
 def reference() -> Path:
     """Vectors, trajectories and question files made with the original programs."""
     return REFERENCE
+
+
+@pytest.fixture(scope="module")
+def moe_tower(tmp_path_factory) -> str:
+    """A small CLIP-MoE vision tower with an image processor."""
+    folder = tmp_path_factory.mktemp("tower")
+    torch.manual_seed(0)
+    config = CLIPMoEVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+                                 image_size=28, patch_size=14, num_experts=4, num_experts_per_tok=2)
+    CLIPMoEVisionModel(config).save_pretrained(folder)
+    values = json.loads((REFERENCE / "llava_train/tower/preprocessor_config.json").read_text())
+    values |= {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return str(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +70,17 @@ def server(world):
     """Runs train_encoder in processes that a mishap befalls."""
     with Server(world, environment()) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """`train_vlm.train` joins a process group of one; leave neither it nor its environment to other tests."""
+    before = dict(os.environ)
+    torch.set_num_threads(1)  # as in the processes that tests start: sums of several threads differ in the last bit
+    yield
+    if torch.distributed.is_initialized():
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()  # torch's own leaves DeepSpeed with groups that are no more
+    os.environ.clear()
+    os.environ.update(before)
