@@ -30,6 +30,8 @@ def test_quantised_language_model(kind, bits, tmp_path):
     linears = [module for module in body(small).language_model.modules() if isinstance(module, nn.Linear)]
     assert len(linears) == 2 * 7
     assert all(type(module).__module__.startswith("bitsandbytes") for module in linears)
+    for module in linears:  # on CPUs with bfloat16 it would repack weights, and fails for layers narrower than a block
+        module.support_avx512bf16_for_cpu = False
     tower = body(small).vision_tower
     whole = body(model).vision_tower.state_dict()
     assert tower.state_dict().keys() == whole.keys()
