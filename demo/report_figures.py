@@ -121,6 +121,7 @@ def losses(panels: dict[str, dict[str, list]]) -> Figure:
             axes.plot(steps[window - 1:], smooth, color=COLOURS[number % len(COLOURS)], linewidth=1.4, label=name)
         axes.set_title(title)
         axes.set_xlabel("optimizer step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=7)
     figure.tight_layout()
     return figure

@@ -164,8 +164,9 @@ def echo(name: str, process: subprocess.Popen) -> None:
     """Prints what a step says, line by line under its name; a progress bar's carriage returns end lines too."""
     with open(process.stdout.fileno(), encoding="utf-8", errors="replace", newline=None, closefd=False) as stream:
         for line in stream:
-            if line.strip():
-                print(f"[{name}] {line.rstrip()}", flush=True)
+            line = line.replace("\x1b[A", "").strip()  # a second bar moves up to the first
+            if line:
+                print(f"[{name}] {line}", flush=True)
 
 
 def stop_leftovers(out: Path) -> None:
