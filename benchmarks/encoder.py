@@ -29,10 +29,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.document import around_results, write_results
 from clipmoe_vlm import CLIPMoEConfig, CLIPMoEModel, CLIPMoEVisionModel
 from clipmoe_vlm.moe import SparseMoE
 from clipmoe_vlm.routing import expert_load
-from clipmoe_vlm.runs import UserError, atomic_write, fail, write_json
+from clipmoe_vlm.runs import UserError, fail, write_json
 from clipmoe_vlm.upcycling import ffn_parameters, router_parameters
 from train_encoder.loss import contrastive_loss
 
@@ -268,14 +269,6 @@ def processor_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def around_results(document: Path) -> tuple[str, str]:
-    """What stands before and after the results in `document`, the marks included."""
-    text = document.read_text(encoding="utf-8") if document.is_file() else ""
-    if not all(mark in text for mark in MARKS):
-        raise UserError(f"{document}: a document for the results needs the lines '{MARKS[0]}' and '{MARKS[1]}'")
-    return text.partition(MARKS[0])[0] + MARKS[0], MARKS[1] + text.partition(MARKS[1])[2]
-
-
 def main(arguments: list[str]) -> None:
     values, document, file = dict(SETTINGS), None, Path("runs/benchmark.json")
     for argument in arguments:
@@ -289,7 +282,8 @@ def main(arguments: list[str]) -> None:
         else:
             raise UserError(f"'{argument}' is not a document (.md), json=FILE, or one of "
                             f"{', '.join(f'{name}=NUMBER' for name in values)}")
-    before, after = around_results(document) if document else ("", "")
+    if document:
+        around_results(document, MARKS)  # told before the work
     torch.manual_seed(0)
     bench = Bench(values)
     facts = time_towers(bench)
@@ -300,8 +294,7 @@ def main(arguments: list[str]) -> None:
     write_json(file, {**values, "torch": torch.__version__, "threads": torch.get_num_threads(), **facts,
                       "seconds": bench.seconds, "memory": bench.memory})
     if document:
-        with atomic_write(document) as stream:
-            stream.write(f"{before}\n\n{text}\n\n{after}")
+        write_results(document, MARKS, text)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from benchmarks.document import around_results, write_results
 from benchmarks.encoder import processor_name
 from clipmoe_vlm import CLIPMoEVisionModel
-from clipmoe_vlm.runs import UserError, atomic_write, fail, write_json
+from clipmoe_vlm.runs import UserError, fail, write_json
 from clipmoe_vlm.vlm import tokens_per_picture
 from train_vlm import data as data_module
 from train_vlm.chat import IGNORE_INDEX, ChatEncoder
@@ -241,14 +242,6 @@ def report(values: dict[str, Any], rows: list[dict[str, Any]], facts: dict[str, 
     return "\n".join([textwrap.fill(about, 120), "", *table(rows)])
 
 
-def around_results(document: Path) -> tuple[str, str]:
-    """What stands before and after the results in `document`, the marks included."""
-    text = document.read_text(encoding="utf-8") if document.is_file() else ""
-    if not all(mark in text for mark in MARKS):
-        raise UserError(f"{document}: a document for the results needs the lines '{MARKS[0]}' and '{MARKS[1]}'")
-    return text.partition(MARKS[0])[0] + MARKS[0], MARKS[1] + text.partition(MARKS[1])[2]
-
-
 def read(arguments: list[str]) -> tuple[dict[str, Any], Path | None]:
     values, document = dict(SETTINGS), None
     for argument in arguments:
@@ -266,14 +259,14 @@ def read(arguments: list[str]) -> tuple[dict[str, Any], Path | None]:
 
 def main(arguments: list[str]) -> None:
     values, document = read(arguments)
-    before, after = around_results(document) if document else ("", "")
+    if document:
+        around_results(document, MARKS)  # told before the work
     facts, rows = padding(values), measure_all(values)
     text = report(values, rows, facts)
     print(text)
     write_json(values["json"], {**values, "torch": torch.__version__, **facts, "measurements": rows})
     if document:
-        with atomic_write(document) as stream:
-            stream.write(f"{before}\n\n{text}\n\n{after}")
+        write_results(document, MARKS, text)
 
 
 if __name__ == "__main__":

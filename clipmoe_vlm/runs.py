@@ -32,6 +32,8 @@ from safetensors import SafetensorError
 from .sigterm import end_by_sigterm, sigterm_asked
 
 Config = TypeVar("Config")
+# Processes wait for each other: for the main one while it indexes, converts, clusters or saves what is large.
+PATIENCE = timedelta(hours=4)
 
 
 class UserError(Exception):
@@ -387,8 +389,7 @@ def init_distributed() -> Distributed:
     if cuda:
         torch.cuda.set_device(device)
     if world_size > 1 and not torch.distributed.is_initialized():
-        # The others wait while the main process indexes, converts or clusters the data of a large run.
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     atexit.register(_leave_processes)
     return Distributed(rank, world_size, device)
 

@@ -1,6 +1,5 @@
 """Small models and reference files that several tests use."""
 
-import json
 import os
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from encoder_crash import Server  # noqa: E402
 from encoder_data import environment, make_world  # noqa: E402
-
-from clipmoe_vlm import CLIPMoEVisionConfig, CLIPMoEVisionModel  # noqa: E402
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -26,15 +23,9 @@ def reference() -> Path:
 @pytest.fixture(scope="module")
 def moe_tower(tmp_path_factory) -> str:
     """A small CLIP-MoE vision tower with an image processor."""
-    folder = tmp_path_factory.mktemp("tower")
-    torch.manual_seed(0)
-    config = CLIPMoEVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-                                 image_size=28, patch_size=14, num_experts=4, num_experts_per_tok=2)
-    CLIPMoEVisionModel(config).save_pretrained(folder)
-    values = json.loads((REFERENCE / "llava_train/tower/preprocessor_config.json").read_text())
-    values |= {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values))
-    return str(folder)
+    from vlm_world import save_moe_tower
+
+    return save_moe_tower(tmp_path_factory.mktemp("tower"))
 
 
 @pytest.fixture(autouse=True)

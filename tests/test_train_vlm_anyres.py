@@ -19,8 +19,8 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.image_processing_utils import select_best_resolution
+from vlm_world import save_moe_tower
 
-from clipmoe_vlm import CLIPMoEVisionConfig, CLIPMoEVisionModel
 from clipmoe_vlm.llava_layout import convert_vlm
 from clipmoe_vlm.pictures import open_rgb
 from clipmoe_vlm.runs import UserError, read_jsonl
@@ -43,15 +43,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory) -> str:
     """A small CLIP-MoE vision tower of 28 pixels and 4x4 patches."""
-    folder = tmp_path_factory.mktemp("tower")
-    torch.manual_seed(0)
-    config = CLIPMoEVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-                                 image_size=28, patch_size=7, num_experts=4, num_experts_per_tok=2)
-    CLIPMoEVisionModel(config).save_pretrained(folder)
-    values = json.loads((LLAVA_TRAIN / "tower/preprocessor_config.json").read_text())
-    values |= {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values))
-    return str(folder)
+    return save_moe_tower(tmp_path_factory.mktemp("tower"), patch_size=7)
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+from vlm_world import save_moe_tower
 from wandb_file import wandb_rows
 
 import eval_vlm.run
-from clipmoe_vlm import CLIPMoEVisionConfig, CLIPMoEVisionModel
 from clipmoe_vlm.runs import UserError, load_config, read_jsonl
 from eval_vlm.config import EvalConfig
 from train_vlm.config import LoraSettings, VLMConfig
@@ -45,13 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 def world(tmp_path_factory) -> Path:
     """A CLIP-MoE tower, held-out samples (some without a picture, one with an unreadable one), and eval_vlm's files."""
     folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    tower = CLIPMoEVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-                                image_size=28, patch_size=14, num_experts=4, num_experts_per_tok=2)
-    CLIPMoEVisionModel(tower).save_pretrained(folder / "tower")
-    values = json.loads((LLAVA_TRAIN / "tower/preprocessor_config.json").read_text())
-    values |= {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    (folder / "tower/preprocessor_config.json").write_text(json.dumps(values))
+    save_moe_tower(folder / "tower")
     samples = json.loads((LLAVA_TRAIN / "stage1.json").read_text())[:9]
     samples[2]["image"] = "nowhere.png"
     for sample in samples[5:7]:
@@ -155,6 +149,18 @@ def test_held_out_loss_is_that_of_the_finished_model_sample_by_sample(world, who
     assert rows[-1]["validation_label_tokens"] == tokens
     assert (rows[-1]["validation_samples"], rows[-1]["validation_skipped"]) == (8, 1)
     assert rows[0]["validation_loss"] > rows[-1]["validation_loss"]
+
+
+def test_an_update_says_how_fast_it_was(whole):
+    for row in (row for row in read_jsonl(whole / "metrics.jsonl") if "loss" in row):
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"], rel=0.05)
+        assert 0 < row["utilisation"] < 1 and 0 <= row["data_seconds"] < row["seconds"]
+        assert 0.1 < row["peak_memory_gib"] < 10
+
+
+def test_answers_come_early(world, tmp_path):
+    train(settings(world, str(tmp_path / "run"), answers=1, max_steps=11, checkpoint_every=100))
+    assert [row["step"] for row in read_jsonl(tmp_path / "run/answers.jsonl")] == [0, 10, 11]
 
 
 def test_answers_are_those_of_the_finished_model(whole):

@@ -37,12 +37,16 @@ def whole(server, world) -> Path:
     return world / "whole"
 
 
-@pytest.mark.parametrize("tower, llm_tuning", [("frozen", "full"), ("routers", "lora"), ("experts", "frozen"),
-                                               ("last_n", "lora"), ("full", "full")])
-def test_killed_at_ten_moments(server, world, tower, llm_tuning):
+@pytest.mark.parametrize("tower, llm_tuning, changes", [
+    ("frozen", "full", {}), ("routers", "lora", {}), ("experts", "frozen", {}), ("last_n", "lora", {}),
+    ("full", "full", {}), ("frozen", "dora", {}), ("frozen", "qlora", {}), ("frozen", "frozen", {}),
+    ("routers", "full", {"precision": "bf16", "zero_stage": 0}),
+    ("experts", "lora", {"precision": "bf16", "zero_stage": 2})])
+def test_killed_at_ten_moments(server, world, tower, llm_tuning, changes):
     """Seven of them at random, three in the middle of writing a checkpoint."""
-    values = {"tower": tower, "llm_tuning": llm_tuning, "max_steps": 8, "checkpoint_every": 1}
-    config, name = config_of(world, "killed", **values), f"unbroken_{tower}"
+    values = {"tower": tower, "llm_tuning": llm_tuning, "max_steps": 8, "checkpoint_every": 1, **changes}
+    config = config_of(world, "killed", **values)
+    name = "_".join(["unbroken", tower, llm_tuning, *changes])
     end = server.run(config_of(world, name, **values), Mishap("count"))
     assert end.codes == [0], end.output
     random = np.random.default_rng(0)

@@ -17,20 +17,26 @@ from clipmoe_vlm.runs import read_jsonl
 LLAVA_TRAIN = Path(__file__).parent / "reference" / "llava_train"
 
 
-def save_moe_tower(folder: Path) -> None:
-    """Three blocks of four experts, pictures of 28 px, with an image processor. In block 0 expert 3 gets no token."""
+def save_moe_tower(folder: Path, patch_size: int = 14, idle_expert: bool = False) -> str:
+    """Three blocks of four experts, pictures of 28 px, with an image processor; returns the folder.
+
+    Args:
+        idle_expert: in block 0 expert 3 gets no token.
+    """
     torch.manual_seed(0)
     config = CLIPMoEVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-                                 image_size=28, patch_size=14, num_experts=4, num_experts_per_tok=2)
+                                 image_size=28, patch_size=patch_size, num_experts=4, num_experts_per_tok=2)
     model = CLIPMoEVisionModel(config)
-    block = model.vision_model.encoder.layers[0]
-    with torch.no_grad():
-        block.layer_norm2.bias.fill_(5)
-        block.mlp.router.weight[3] = -1
+    if idle_expert:
+        block = model.vision_model.encoder.layers[0]
+        with torch.no_grad():
+            block.layer_norm2.bias.fill_(5)
+            block.mlp.router.weight[3] = -1
     model.save_pretrained(folder)
     values = json.loads((LLAVA_TRAIN / "tower/preprocessor_config.json").read_text())
     values |= {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return str(folder)
 
 
 def save_tied_llm(folder: Path) -> None:
@@ -43,7 +49,7 @@ def save_tied_llm(folder: Path) -> None:
 
 
 def make_vlm_world(folder: Path) -> Path:
-    save_moe_tower(folder / "tower")
+    save_moe_tower(folder / "tower", idle_expert=True)
     save_tied_llm(folder / "llm")
     shutil.copytree(LLAVA_TRAIN / "images", folder / "images")
     return folder
@@ -64,7 +70,7 @@ def vlm_config(world: Path, output: Path, **changes) -> Path:
 
 
 def losses(output: Path) -> list[float]:
-    return [row["loss"] for row in read_jsonl(output / "metrics.jsonl")]
+    return [row["loss"] for row in read_jsonl(output / "metrics.jsonl") if "loss" in row]
 
 
 def assert_same_end(one: Path, other: Path) -> None:

@@ -14,7 +14,6 @@ from clipmoe_vlm.chat_templates import IMAGE_TOKEN
 from train_vlm.data import ConversationDataset
 from train_vlm.index import pictures_of
 from train_vlm.samples import read_picture
-from train_vlm.saving import generation_config
 
 if TYPE_CHECKING:
     from train_vlm.train import Run
@@ -66,7 +65,6 @@ def answer(run: Run, question: Question) -> str:
     Under ZeRO-3 all processes take part in every token, so all of them answer the same questions.
     """
     model, tokenizer = run.model, run.processor.tokenizer
-    generation_config(model, run.processor)  # as it will be saved
     zero3 = run.config.zero_stage == 3
     with head_gathered(model.lm_head) if zero3 else contextlib.nullcontext():
         output = model.generate(**question.inputs.to(run.processes.device, model.dtype), do_sample=False,

@@ -122,9 +122,17 @@ def check(config: VLMConfig, world_size: int) -> None:
                 "log_routing_every", "validation_every", "max_steps", "evaluation_every"):
         if (value := getattr(config, key)) is not None and value < 1:
             raise UserError(f"{key}: {value} must be at least 1")
-    for key in ("answers", "weight_decay", "max_grad_norm"):
-        if getattr(config, key) < 0:
-            raise UserError(f"{key}: {getattr(config, key)} must be at least 0")
+    for key in ("answers", "weight_decay", "max_grad_norm", "workers", "learning_rate", "projector_learning_rate",
+                "tower_learning_rate", "router_aux_loss_coef", "router_z_loss_coef"):
+        if (value := getattr(config, key)) is not None and value < 0:
+            raise UserError(f"{key}: {value} must be at least 0")
+    if not 0 <= config.warmup_ratio < 1:
+        raise UserError(f"warmup_ratio: {config.warmup_ratio} must be at least 0 and below 1, a share of the updates")
+    if config.lora.r < 1:
+        raise UserError(f"lora.r: {config.lora.r} must be at least 1")
+    if config.evaluation_every and not config.evaluation:
+        raise UserError("evaluation_every: there is no evaluation to take; set evaluation to a configuration of "
+                        "eval_vlm")
     if config.image_grid_pinpoints and config.image_aspect_ratio != "anyres":
         raise UserError(f"image_grid_pinpoints is for image_aspect_ratio: anyres, not {config.image_aspect_ratio}")
     check_trackers(config.trackers)

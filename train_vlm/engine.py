@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from clipmoe_vlm.runs import Distributed, UserError, init_distributed, leave_word_to_main
+from clipmoe_vlm.runs import PATIENCE, Distributed, UserError, init_distributed, leave_word_to_main
 from train_vlm.build_ops import prepare_deepspeed
 from train_vlm.config import VLMConfig
 from train_vlm.loss import VLMLoss
@@ -27,7 +27,7 @@ def start_processes() -> Distributed:
     prepare_deepspeed()
     import deepspeed
 
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE, verbose=False)
     return init_distributed()
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -32,8 +33,10 @@ from train_vlm.loss import tower_features
 from train_vlm.model import VLM
 from train_vlm.samples import picture_bytes
 
+# What a configuration says besides what makes features; the weights' types are hashed with them.
+NOT_OF_FEATURES = ("dtype", "transformers_version", "architectures", "_name_or_path", "processor_class")
 CHUNK = 32  # pictures of one forward
-SHARD = 64 * CHUNK  # pictures of one file: what a killed run has to do again at most
+SHARD_BYTES = 2**28  # of one file's features: what a killed run has to do again at most
 
 
 class FeatureCache:
@@ -121,9 +124,10 @@ def _checksum(features: Tensor) -> int:
 def cache_folder(root: str, model: VLM, image_processor: Any) -> Path:
     """`root/HASH`: another tower, layer, preprocessing or precision has another folder."""
     config, state = model.config, model.model.vision_tower.state_dict()
-    digest = hashlib.sha256(json.dumps(
-        [config.vision_feature_layer, config.vision_feature_select_strategy, config.vision_config.to_dict(),
-         image_processor.to_dict()], sort_keys=True, default=str).encode())
+    settings = [{name: value for name, value in part.to_dict().items() if name not in NOT_OF_FEATURES}
+                for part in (config.vision_config, image_processor)]
+    digest = hashlib.sha256(json.dumps([config.vision_feature_layer, config.vision_feature_select_strategy, *settings],
+                                       sort_keys=True, default=str).encode())
     for name in sorted(state):
         digest.update(name.encode())
         digest.update(str(state[name].dtype).encode())
@@ -176,13 +180,18 @@ def fill(root: str, model: VLM, samples: Sequence[dict[str, Any]], image_process
         UserError: see `FeatureCache`; the disk is full (what is written stays and is used).
     """
     folder = cache_folder(root, model, image_processor)
+    lock = FileLock(folder.with_suffix(".lock"))  # runs that start together do not compute the same twice
+    folder.mkdir(parents=True, exist_ok=True)
+    processes.main_first(lambda: lock.acquire() and None)
     cache, tower = FeatureCache(folder), model.model.vision_tower
-    mine = range(processes.rank, len(samples), processes.world_size)
+    bounds = [len(samples) * rank // processes.world_size for rank in (processes.rank, processes.rank + 1)]
+    mine = range(*bounds)
     batches = [mine[start : start + CHUNK] for start in range(0, len(mine), CHUNK)]
     pictures = loader(_Pictures(samples, image_processor, cache), _flat, batches, workers)
     home = next(tower.parameters()).device
     tower.to(processes.device)
     shard: list[_Picture] = []
+    size = 0
     seen: set[bytes] = set()
     for batch in progress(pictures, description="tower features", total=len(batches),
                           enabled=processes.is_main and len(batches) > 4):
@@ -190,13 +199,15 @@ def fill(root: str, model: VLM, samples: Sequence[dict[str, Any]], image_process
         seen |= {picture.key for picture in new}
         for picture in _encode(model, new, processes.device):
             shard.append(picture)
-            if len(shard) == SHARD:
-                _write(folder, shard)
-                shard = []
+            size += picture.tiles.nbytes
+            if size > SHARD_BYTES:
+                _write(folder, shard, processes.rank)
+                shard, size = [], 0
     if shard:
-        _write(folder, shard)
+        _write(folder, shard, processes.rank)
     tower.to(home)
     processes.barrier()
+    lock.release()
     cache = FeatureCache(folder)
     if processes.is_main:
         print(f"feature_cache: {folder} has the features of {len(cache)} pictures", flush=True)
@@ -216,7 +227,7 @@ def _encode(model: VLM, pictures: list[_Picture], device: torch.device) -> Itera
         yield replace(picture, tiles=part)
 
 
-def _write(folder: Path, shard: list[_Picture]) -> None:
+def _write(folder: Path, shard: list[_Picture], rank: int) -> None:
     keys = b"".join(picture.key for picture in shard)
     tensors = {
         "keys": torch.tensor(np.frombuffer(keys, np.uint8).reshape(len(shard), 32)),
@@ -225,5 +236,5 @@ def _write(folder: Path, shard: list[_Picture]) -> None:
         "features": torch.cat([picture.tiles for picture in shard]),
         "checksums": torch.tensor([_checksum(picture.tiles) for picture in shard]),
     }
-    with atomic_write(folder / f"{key_of(keys).hex()[:16]}.safetensors", "wb") as stream:
+    with atomic_write(folder / f"{key_of(keys).hex()[:16]}-{rank}.safetensors", "wb") as stream:
         stream.write(safetensors.torch.save(tensors))

@@ -25,8 +25,8 @@ ATTENTION_BACKWARD = 2.5  # times the forward: five products where the forward h
 
 # Dense bfloat16 with float32 sums, in 10^12 FLOPs per second, from NVIDIA's data sheets, by the words with which CUDA's
 # name of the card starts.
-TFLOPS = {("A100",): 312.0, ("H100",): 989.0, ("H100", "PCIe"): 756.0, ("H200",): 989.0, ("B200",): 2250.0,
-          ("L40S",): 362.0}
+TFLOPS = {("A100",): 312.0, ("H100",): 989.0, ("H100", "PCIe"): 756.0, ("H100", "NVL"): 835.0, ("H200",): 989.0,
+          ("H200", "NVL"): 835.0, ("B200",): 2250.0, ("L40S",): 362.0}
 
 
 class StepFlops:

@@ -6,6 +6,7 @@ later each is read by its place in that same file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -21,9 +22,10 @@ from clipmoe_vlm.chat_templates import IMAGE_TOKEN
 from clipmoe_vlm.runs import UserError, atomic_write, progress, write_json
 from train_vlm.chat import ROLES
 
-# Of each sample: its place in a JSON file (bytes), its words (negative without a picture), and its checksum.
-ROW = np.dtype([("start", "<i8"), ("size", "<i4"), ("words", "<i4"), ("checksum", "<u4")])
-PACKED = struct.Struct("<qiiI")  # the same
+# Of each sample: its place in a JSON file (bytes), its words (negative without a picture), its checksum, and what tells
+# whether two samples have the same words and pictures.
+ROW = np.dtype([("start", "<i8"), ("size", "<i4"), ("words", "<i4"), ("checksum", "<u4"), ("content", "<u8")])
+PACKED = struct.Struct("<qiiIQ")  # the same
 CHUNK = 1 << 20  # characters
 LONGEST = 1 << 26  # characters; what is no whole sample by then is no sample
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -77,7 +79,8 @@ def _read(source: str, image_folder: str) -> np.ndarray:
         if len(paths) < 100:
             paths += filter(None, map(path_of, pictures))
         words = max(1, sum(len(turn["value"].split()) for turn in sample["conversations"]))
-        rows += PACKED.pack(start, len(raw), words if pictures else -words, zlib.crc32(raw))
+        rows += PACKED.pack(start, len(raw), words if pictures else -words, zlib.crc32(raw),
+                            _content(sample, image_folder))
     if bad:
         raise UserError(f"data: {source}: {'; '.join(first)}" + (f"; and {bad - 3} more samples" if bad > 3 else ""))
     if not rows:
@@ -186,6 +189,14 @@ def _without_bytes(column: Any) -> list:
         return [{"bytes": true, "path": path} if there else None
                 for there, true, path in zip(column.is_valid().to_pylist(), stored, paths, strict=True)]
     return column.to_pylist()
+
+
+def _content(sample: dict[str, Any], image_folder: str) -> int:
+    """64 bits of a hash. Pictures that are stored in the data itself count as the same."""
+    paths = [os.path.abspath(os.path.join(image_folder, path)) if (path := path_of(picture)) else ""
+             for picture in pictures_of(sample)]
+    words = [turn["value"] for turn in sample["conversations"]]
+    return int.from_bytes(hashlib.blake2b(json.dumps([paths, words]).encode(), digest_size=8).digest(), "little")
 
 
 # --- a sample ------------------------------------------------------------------------------------------------------

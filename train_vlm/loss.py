@@ -33,7 +33,7 @@ def labelled(labels: Tensor) -> tuple[Tensor, Tensor]:
 class LabelLoss(nn.Module):
     """Cross-entropy of the language model's head, at labelled positions only and in chunks.
 
-    A module of its own so that ZeRO-3 gathers the head's weight once for all chunks (it is set as a leaf module).
+    A module of its own so that ZeRO-3 gathers the head's weight once for all chunks.
     Logits are made float32, as LLaVA's: in bfloat16 the sum would be off by up to a hundredth.
 
     Args:

@@ -18,6 +18,7 @@ from train_vlm.data import make_dataset
 from train_vlm.engine import told_once
 from train_vlm.evaluation import check_evaluation, evaluate
 from train_vlm.samples import read_samples
+from train_vlm.saving import generation_config
 from train_vlm.validation import shared_samples, validation_loss
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Measurements:
         config = run.config
         self.run, self.log = run, log
         # What a killed process measured at the very step that this one goes on from is not measured again.
-        self.done = run.processes.main_first(lambda: log.measured if log else ())
+        self.done = run.processes.main_first(lambda: log.measured)
         self.held_out = None
         self.questions: list[Question] = []
         if config.validation_data:
@@ -64,11 +65,12 @@ class Measurements:
         done = self.done if step == run.first_step else ()
         due = step % run.config.validation_every == 0 or step == run.total_steps
         if self.held_out and due and "validation_loss" not in done:
-            with told_once(run.processes), evaluating(run.engine):
+            with evaluating(run.engine):
                 found = validation_loss(run, *self.held_out)
             if log:
                 log.measurement(step, **found, validation_also_trained_on=self.also_trained_on)
         if self.questions and (due or step in EARLY) and "answers" not in done:
+            generation_config(run.model, run.processor)  # as it will be saved
             with evaluating(run.engine):
                 answers = [answer(run, question) for question in self.questions]
             if log:

@@ -29,13 +29,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from clipmoe_vlm import CLIPMoEVisionModel
+from clipmoe_vlm import CLIPMoEVisionConfig, CLIPMoEVisionModel
 from clipmoe_vlm.chat_templates import IMAGE_TOKEN, chat_template
 from clipmoe_vlm.convert import image_processor_of, load_vision
 from clipmoe_vlm.processors import as_class
 from clipmoe_vlm.runs import UserError
 from clipmoe_vlm.vlm import build_processor, check_config, strategy_for
 from train_vlm.attention import attend_per_sample
+from train_vlm.chat import ChatEncoder
 from train_vlm.config import VLMConfig
 
 # A VLM folder's chat template is that of its training; the language model's own is kept beside it for later stages.
@@ -68,6 +69,7 @@ def build(config: VLMConfig) -> tuple[VLM, LlavaProcessor | LlavaNextProcessor]:
     except ValueError as error:
         raise UserError(str(error)) from error
     processor.chat_template = chat_template(config.template, tokenizer)
+    ChatEncoder(tokenizer, processor.chat_template)  # what can't be trained with is told before anything is computed
     if config.packing:
         attend_per_sample(model.model.language_model)
     if config.liger:
@@ -81,6 +83,10 @@ def _load_vlm(folder: str, config: VLMConfig, dtype: torch.dtype) -> tuple[VLM, 
         raise UserError(f"vlm: {folder} is no VLM folder (its config.json should have model_type 'llava' or "
                         "'llava_next'); give the model folder of a train_vlm run")
     model_config = as_asked(AutoConfig.from_pretrained(folder), config, f"vlm: {folder}")
+    if not isinstance(model_config.vision_config, CLIPMoEVisionConfig):
+        raise UserError(f"vlm: {folder} has a vision tower of type '{model_config.vision_config.model_type}', not a "
+                        "CLIP-MoE; put one into it with clipmoe_vlm.vlm.set_tower and save_vlm, or start from llm and "
+                        "vision_tower")
     model, report = model_class(model_config).from_pretrained(
         folder, config=model_config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     if model_type == "llava" and config.image_aspect_ratio == "anyres":
@@ -178,6 +184,10 @@ def _load_language_model(source: str, dtype: torch.dtype) -> tuple[nn.Module, Pr
     except (OSError, ValueError) as error:
         raise UserError(f"llm: {source} could not be loaded: {' '.join(str(error).split())[:300]}") from error
     _refuse_gaps(report, f"llm: {source}")
+    if not hasattr(llm.config, "vocab_size") or not hasattr(llm.base_model, "embed_tokens"):
+        raise UserError(f"llm: {source}: {type(llm).__name__} is not built as LlavaForConditionalGeneration needs it "
+                        "(a decoder with embed_tokens and a vocabulary of its own); of a model that also sees take the "
+                        "text-only form")
     if isinstance(tokenizer.chat_template, dict):  # several, by name
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.pad_token is None:

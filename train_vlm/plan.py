@@ -215,7 +215,10 @@ class Footprint:
             optimizer, update = 0, 0
             backward -= self.size * share if stage >= 2 else 0
             weights = 0 if stage == 3 else weights
-        return Memory(weights, optimizer, max(backward, update))
+        working = max(backward, update)
+        if stage == 3:  # DeepSpeed first puts the whole model on each GPU, then divides it
+            working = max(working, self.weights - weights - optimizer)
+        return Memory(weights, optimizer, working)
 
 
 # --- what is printed -----------------------------------------------------------------------------------------------

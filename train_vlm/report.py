@@ -94,10 +94,9 @@ def course(updates: list[dict], measurements: list[dict]) -> list[tuple[str, str
     rows += [("time of the updates", f"{duration(seconds)}, {median(row['seconds'] for row in updates):.3g} s each "
               f"(median), {sum(row['data_seconds'] for row in updates) / seconds:.0%} of it waiting for data"),
              ("tokens per second, median", f"{median(row['tokens_per_second'] for row in updates):,.0f}")]
-    if "utilisation" in updates[0]:
-        rows.append(("utilisation, median", f"{median(row['utilisation'] for row in updates):.1%} of what the hardware "
-                     "can compute"))
-    rows += [("peak memory of the main process", f"{max(row['peak_memory_gib'] for row in updates):.2f} GiB "
+    rows += [("utilisation, median", f"{median(row['utilisation'] for row in updates):.1%} of what the hardware can "
+              "compute"),
+             ("peak memory of the main process", f"{max(row['peak_memory_gib'] for row in updates):.2f} GiB "
               f"{'of the GPU' if torch.cuda.is_available() else '(resident)'}"),
              ("label tokens", f"{sum(row['label_tokens'] for row in updates):,} of "
               f"{sum(row['tokens'] for row in updates):,} tokens"),

@@ -103,7 +103,7 @@ class Source:
                     for picture in pictures_of(sample)]
         return {**sample, "image": pictures}
 
-    def _read(self, start: int, size: int, _words: int, checksum: int) -> dict[str, Any]:
+    def _read(self, start: int, size: int, _words: int, checksum: int, _content: int) -> dict[str, Any]:
         raw = b""
         with contextlib.suppress(OSError), open(self.path, "rb") as stream:
             stream.seek(start)
@@ -140,6 +140,11 @@ class Samples(Sequence):
     def lengths(self) -> list[int]:
         """Words of each sample, negative without a picture: what batches are grouped by."""
         return np.concatenate([source.rows["words"] for source in self.sources]).tolist()
+
+    @property
+    def contents(self) -> np.ndarray:
+        """`[len(self)]`: equal for samples of the same words and pictures."""
+        return np.concatenate([source.rows["content"] for source in self.sources])
 
     @property
     def weights(self) -> list[tuple[int, float]]:

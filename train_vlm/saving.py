@@ -32,8 +32,9 @@ def gather_weights(model: VLM, zero_stage: int, is_main: bool) -> dict[str, Tens
             if is_main:
                 state[name] = _dense(parameter).cpu().clone()
     if is_main:
-        state |= {name: buffer.cpu() for name, buffer in model.state_dict().items()
-                  if name not in state and name in dict(model.named_buffers())}
+        buffers = dict(model.named_buffers())
+        state |= {name: value.cpu() for name, value in model.state_dict().items()
+                  if name not in state and name in buffers}
     return state
 
 

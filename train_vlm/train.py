@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig, LlavaProcessor
+from transformers import LlavaConfig, LlavaNextConfig, LlavaNextProcessor, LlavaProcessor
 
 from clipmoe_vlm.loading import loader
-from clipmoe_vlm.runs import Distributed, UserError, prepare_output, set_seed
+from clipmoe_vlm.runs import Distributed, UserError, prepare_output, set_seed, stage_seed
 from clipmoe_vlm.sigterm import let_sigterm_wait, sigterm_asked
 from clipmoe_vlm.trackers import start_wandb
 from clipmoe_vlm.vlm import tokens_per_picture
@@ -27,7 +27,7 @@ from train_vlm.flops import StepFlops, peak_flops
 from train_vlm.log import RunLog
 from train_vlm.loss import VLMLoss
 from train_vlm.measurements import Measurements
-from train_vlm.model import build
+from train_vlm.model import VLM, build
 from train_vlm.report import write_summary
 from train_vlm.sampler import BatchPlan
 from train_vlm.samples import read_samples
@@ -43,8 +43,8 @@ class Run:
     processes: Distributed
     output: Path
     dataset: ConversationDataset
-    model: LlavaForConditionalGeneration
-    processor: LlavaProcessor
+    model: VLM
+    processor: LlavaProcessor | LlavaNextProcessor
     groups: list[dict[str, Any]]  # of the optimizer, with their peak learning rates
     parts: str  # a table of them
     step_flops: StepFlops
@@ -63,6 +63,7 @@ def train(config: VLMConfig) -> None:
     output = Path(processes.main_first(partial(prepare_output, config, MAY_CHANGE)))
     if (output / "model").is_dir():
         if processes.is_main:
+            remove_checkpoints(output / "checkpoints")  # of a run that was killed just then
             print(f"{output / 'model'} is finished; remove {output} to train again")
         return
     if "wandb" in config.trackers:
@@ -90,7 +91,7 @@ def train(config: VLMConfig) -> None:
         if not counts["label_tokens"]:
             stop(processes, f"step {step + 1}: no sample of the batch can be used ({'; '.join(problems[:3])})")
         # Every step draws dropout from its own seed: a resumed run needs no generator state.
-        torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + processes.rank)
+        torch.manual_seed(stage_seed("dropout", config.seed, step, processes.rank))
         for group in engine.optimizer.param_groups:
             group["lr"] = peak_rates[group["name"]] * schedule(step, run.total_steps, config.warmup_ratio)
 
@@ -200,10 +201,11 @@ def finish(run: Run, log: RunLog | None) -> None:
     """Writes the finished model and the summary; every process calls it."""
     weights = gather_weights(run.model, run.config.zero_stage, run.processes.is_main)
     if log:
-        if run.config.vlm and run.config.llm_tuning in ADAPTERS:
+        # peft keeps modules beside adapters, and LLaVA-NeXT's image_newline is none: its adapters are only merged.
+        if run.config.vlm and run.config.llm_tuning in ADAPTERS and run.model.config.model_type == "llava":
             save_adapter(run.model, weights, run.config.vlm, run.output / "adapter")
-        save_vlm(run.model, weights, run.processor, run.output / "model")
         log.close(write_summary(run))
+        save_vlm(run.model, weights, run.processor, run.output / "model")
         remove_checkpoints(run.output / "checkpoints")
         print(f"finished: the model is in {run.output / 'model'}, the summary in {run.output / 'summary.md'}")
     run.processes.barrier()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlavaNextForConditionalGeneration, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clipmoe_vlm.runs import UserError
 from clipmoe_vlm.tuning import set_tower_trainable
@@ -51,7 +52,9 @@ def set_trainable(model: VLM, config: VLMConfig) -> None:
     language_model.train(config.llm_tuning != "frozen")
     if config.gradient_checkpointing:
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        language_model.train()  # transformers checkpoints in training mode only
+        for module in language_model.modules():  # transformers checkpoints in training mode only
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # of the block alone: a frozen model's dropout stays off
         if config.tower != "frozen":
             model.model.vision_tower.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False})

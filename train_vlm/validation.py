@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from clipmoe_vlm.loading import loader
-from clipmoe_vlm.runs import UserError
 from train_vlm.data import Collator, ConversationDataset
-from train_vlm.engine import summed, to_device
-from train_vlm.index import pictures_of
+from train_vlm.engine import stop, summed, to_device
+from train_vlm.samples import Samples
 
 if TYPE_CHECKING:
     from train_vlm.train import Run
@@ -41,19 +40,12 @@ def validation_loss(run: Run, dataset: ConversationDataset, collate: Collator) -
         row[:] = torch.tensor([loss_sum, counts["label_tokens"], counts["samples"], counts["skipped"]])
     loss, label_tokens, samples, skipped = map(math.fsum, zip(*summed(sums, run.processes), strict=True))
     if not label_tokens:
-        raise UserError(f"validation_data: {run.config.validation_data}: none of its samples can be used")
+        stop(run.processes, f"validation_data: {run.config.validation_data}: none of its samples can be used")
     return {"validation_loss": loss / label_tokens, "validation_label_tokens": int(label_tokens),
             "validation_samples": int(samples), "validation_skipped": int(skipped),
             "validation_seconds": round(time.perf_counter() - started, 3)}
 
 
-def shared_samples(held_out: Sequence[dict[str, Any]], trained_on: Sequence[dict[str, Any]]) -> int:
+def shared_samples(held_out: Samples, trained_on: Samples) -> int:
     """How many of the held-out samples have the words and the pictures of one that is trained on."""
-
-    def key(sample: dict[str, Any]) -> int:
-        pictures = [str(picture) for picture in pictures_of(sample)]
-        return hash((*pictures, *(turn["value"] for turn in sample["conversations"])))
-
-    keys = [key(sample) for sample in held_out]
-    both = set(keys).intersection(map(key, trained_on))
-    return sum(one in both for one in keys)
+    return int(np.isin(held_out.contents, trained_on.contents).sum())
