@@ -1,11 +1,11 @@
-"""The encoder's benchmark: what it compares computes the same, and it runs and fills in its document."""
+"""The benchmarks: what the encoder's compares computes the same, runs and fills in its document; the data's verdict."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks import encoder
+from benchmarks import encoder, encoder_data
 from clipmoe_vlm import CLIPMoEConfig, CLIPMoEVisionModel
 from clipmoe_vlm.runs import UserError
 
@@ -46,3 +46,12 @@ def test_it_runs_and_writes_between_the_marks(tmp_path, capsys):
 def test_a_document_without_marks_is_refused_before_anything_is_timed(tmp_path):
     with pytest.raises(UserError, match="needs the lines"):
         encoder.main([str(tmp_path / "README.md")])
+
+
+@pytest.mark.parametrize(("most", "workers", "says"), [
+    (190.0, 4, "The model is the bottleneck: with workers=4 the loader delivers 190.0 samples/s, the model takes 100."),
+    (190.0, 1, "loader delivers 50.0 samples/s, the model takes 100.0; workers=4 would do."),
+    (90.0, 1, "the most here is 90.0 with workers=4, so more cores or smaller pictures are needed."),
+])
+def test_the_benchmarks_verdict(most, workers, says):
+    assert says in encoder_data.verdict({1: 50.0, 4: most}, 100.0, workers)

@@ -490,12 +490,3 @@ def test_the_benchmark_says_which_is_the_bottleneck(shards, tmp_path, capsys):
     assert {"1", "2"} <= result["loader"].keys() and min(result["loader"].values()) > 0 and result["model"] > 0
     slower = "data" if result["loader"]["2"] < result["model"] else "model"
     assert sentence.startswith(f"The {slower} is the bottleneck: with workers=2 ") and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("most", "workers", "says"), [
-    (190.0, 4, "The model is the bottleneck: with workers=4 the loader delivers 190.0 samples/s, the model takes 100."),
-    (190.0, 1, "loader delivers 50.0 samples/s, the model takes 100.0; workers=4 would do."),
-    (90.0, 1, "the most here is 90.0 with workers=4, so more cores or smaller pictures are needed."),
-])
-def test_the_benchmarks_verdict(most, workers, says):
-    assert says in encoder_data_benchmark.verdict({1: 50.0, 4: most}, 100.0, workers)

@@ -14,12 +14,9 @@ from transformers import (
     AutoProcessor,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
-    SiglipImageProcessor,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 from transformers.image_processing_utils import select_best_resolution
-from vlm_world import save_moe_tower
+from vlm_world import save_moe_tower, save_siglip
 
 from clipmoe_vlm.llava_layout import convert_vlm
 from clipmoe_vlm.pictures import open_rgb
@@ -49,12 +46,7 @@ def tower(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory) -> str:
     """A tower without class token, of 3x3 patches and two pixels that they leave out."""
-    folder = tmp_path_factory.mktemp("siglip")
-    torch.manual_seed(0)
-    SiglipVisionModel(SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-                                         num_attention_heads=2, image_size=32, patch_size=10)).save_pretrained(folder)
-    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return str(folder)
+    return save_siglip(tmp_path_factory.mktemp("siglip"), 32, 10)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A VLM on a tower without a class token."""
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +7,8 @@ from test_train_vlm import LLAVA_TRAIN, settings
 from transformers import (
     AutoProcessor,
     LlavaForConditionalGeneration,
-    SiglipImageProcessor,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
+from vlm_world import save_siglip
 
 from clipmoe_vlm.pictures import open_rgb
 from clipmoe_vlm.runs import UserError
@@ -22,13 +19,8 @@ from train_vlm.tuning import set_trainable
 
 
 @pytest.fixture(scope="module")
-def siglip(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("siglip")
-    torch.manual_seed(0)
-    SiglipVisionModel(SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-                                         num_attention_heads=2, image_size=28, patch_size=14)).save_pretrained(folder)
-    SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
-    return folder
+def siglip(tmp_path_factory) -> str:
+    return save_siglip(tmp_path_factory.mktemp("siglip"), 28, 14)
 
 
 def test_every_patch_becomes_a_token_in_training_and_in_transformers(siglip, tmp_path):

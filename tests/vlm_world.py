@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from clipmoe_vlm import CLIPMoEVisionConfig, CLIPMoEVisionModel
 from clipmoe_vlm.runs import read_jsonl
@@ -36,6 +43,16 @@ def save_moe_tower(folder: Path, patch_size: int = 14, idle_expert: bool = False
     values = json.loads((LLAVA_TRAIN / "tower/preprocessor_config.json").read_text())
     values |= {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return str(folder)
+
+
+def save_siglip(folder: Path, image_size: int, patch_size: int) -> str:
+    """A tower without class token, with an image processor; returns the folder."""
+    torch.manual_seed(0)
+    SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=image_size,
+        patch_size=patch_size)).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": image_size, "width": image_size}).save_pretrained(folder)
     return str(folder)
 
 

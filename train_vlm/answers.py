@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import BatchFeature, LlavaProcessor
+from transformers import BatchFeature, LlavaNextProcessor, LlavaProcessor
 
 from clipmoe_vlm.chat_templates import IMAGE_TOKEN
 from train_vlm.data import ConversationDataset
@@ -32,7 +32,8 @@ class Question:
     inputs: BatchFeature  # of `generate`, made by the processor as in inference
 
 
-def choose_questions(dataset: ConversationDataset, processor: LlavaProcessor, count: int) -> list[Question]:
+def choose_questions(dataset: ConversationDataset, processor: LlavaProcessor | LlavaNextProcessor,
+                     count: int) -> list[Question]:
     """Up to `count` usable samples, from all over the data."""
     stride = max(1, len(dataset) // count)
     questions: list[Question] = []
@@ -44,7 +45,8 @@ def choose_questions(dataset: ConversationDataset, processor: LlavaProcessor, co
     return questions
 
 
-def to_question(dataset: ConversationDataset, processor: LlavaProcessor, index: int) -> Question:
+def to_question(dataset: ConversationDataset, processor: LlavaProcessor | LlavaNextProcessor,
+                index: int) -> Question:
     """Sample `index` of `dataset`, which must be usable."""
     sample = dataset.samples[index]
     turns = sample["conversations"]

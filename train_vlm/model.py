@@ -93,8 +93,7 @@ def _load_vlm(folder: str, config: VLMConfig, dtype: torch.dtype) -> tuple[VLM, 
         report["missing_keys"].remove("model.image_newline")  # transformers draws it as LLaVA does
     _refuse_gaps(report, f"vlm: {folder}")
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    own = Path(folder) / LLM_TEMPLATE
-    processor.tokenizer.chat_template = own.read_text(encoding="utf-8") if own.is_file() else None
+    with_own_template(processor.tokenizer, folder)
     return model, processor.tokenizer, processor.image_processor
 
 
@@ -180,7 +179,7 @@ def _load_language_model(source: str, dtype: torch.dtype) -> tuple[nn.Module, Pr
     """A causal language model (a folder's or the hub's) with room for the `<image>` token, and its tokenizer."""
     try:
         llm, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
     except (OSError, ValueError) as error:
         raise UserError(f"llm: {source} could not be loaded: {' '.join(str(error).split())[:300]}") from error
     _refuse_gaps(report, f"llm: {source}")
@@ -188,11 +187,6 @@ def _load_language_model(source: str, dtype: torch.dtype) -> tuple[nn.Module, Pr
         raise UserError(f"llm: {source}: {type(llm).__name__} is not built as LlavaForConditionalGeneration needs it "
                         "(a decoder with embed_tokens and a vocabulary of its own); of a model that also sees take the "
                         "text-only form")
-    if isinstance(tokenizer.chat_template, dict):  # several, by name
-        tokenizer.chat_template = tokenizer.chat_template.get("default")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if image_token_id >= llm.config.vocab_size:
         # The new rows are never read (pictures take their place) and get no part in the softmax of the loss.
@@ -202,6 +196,23 @@ def _load_language_model(source: str, dtype: torch.dtype) -> tuple[nn.Module, Pr
             llm.get_input_embeddings().weight[old:] = 0
             llm.get_output_embeddings().weight[old:] = 0
     return llm, tokenizer
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """A language model's, with the `<image>` token. Raises OSError or ValueError as transformers does."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    return tokenizer
+
+
+def with_own_template(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Gives the tokenizer of a VLM folder its language model's own chat template back, or none if it had none."""
+    own = Path(folder) / LLM_TEMPLATE
+    tokenizer.chat_template = own.read_text(encoding="utf-8") if own.is_file() else None
 
 
 def _check_same_language_model(llm: nn.Module, model: VLM, source: str) -> None:

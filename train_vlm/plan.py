@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AddedToken, AutoConfig, AutoTokenizer, LlavaConfig, LlavaNextConfig
+from transformers import AutoConfig, LlavaConfig, LlavaNextConfig
 
 from clipmoe_vlm.chat_templates import IMAGE_TOKEN, chat_template
 from clipmoe_vlm.convert import vision_config_of
@@ -33,7 +33,7 @@ from train_vlm.data import ConversationDataset
 from train_vlm.engine import bucket_size
 from train_vlm.flops import StepFlops
 from train_vlm.meta import MetaRun, micro_batch, on_meta
-from train_vlm.model import LLM_TEMPLATE, as_asked, new_config, select_features
+from train_vlm.model import as_asked, load_tokenizer, new_config, select_features, with_own_template
 from train_vlm.sampler import BatchPlan
 from train_vlm.samples import picture_size, read_samples
 from train_vlm.train import check_length
@@ -141,13 +141,11 @@ def read_lengths(config: VLMConfig, model_config: LlavaConfig | LlavaNextConfig)
     """
     source = Path(config.vlm or config.llm)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
     except (OSError, ValueError) as error:
         raise UserError(f"{source} has no tokenizer to measure the data with") from error
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     if config.vlm:
-        own = source / LLM_TEMPLATE
-        tokenizer.chat_template = own.read_text(encoding="utf-8") if own.is_file() else None
+        with_own_template(tokenizer, source)
     encoder = ChatEncoder(tokenizer, chat_template(config.template, tokenizer))
     token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     with tempfile.TemporaryDirectory() as folder:

@@ -93,8 +93,8 @@ def course(updates: list[dict], measurements: list[dict]) -> list[tuple[str, str
                      f"after {last['step']}; lowest {best['validation_loss']:.4f} after {best['step']}"))
     rows += [("time of the updates", f"{duration(seconds)}, {median(row['seconds'] for row in updates):.3g} s each "
               f"(median), {sum(row['data_seconds'] for row in updates) / seconds:.0%} of it waiting for data"),
-             ("tokens per second, median", f"{median(row['tokens_per_second'] for row in updates):,.0f}")]
-    rows += [("utilisation, median", f"{median(row['utilisation'] for row in updates):.1%} of what the hardware can "
+             ("tokens per second, median", f"{median(row['tokens_per_second'] for row in updates):,.0f}"),
+             ("utilisation, median", f"{median(row['utilisation'] for row in updates):.1%} of what the hardware can "
               "compute"),
              ("peak memory of the main process", f"{max(row['peak_memory_gib'] for row in updates):.2f} GiB "
               f"{'of the GPU' if torch.cuda.is_available() else '(resident)'}"),

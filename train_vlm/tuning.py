@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clipmoe_vlm.runs import UserError
 from clipmoe_vlm.tuning import set_tower_trainable
+from clipmoe_vlm.vlm import language_model_linears
 from train_vlm.config import VLMConfig
 from train_vlm.model import VLM
 
@@ -42,8 +43,7 @@ def set_trainable(model: VLM, config: VLMConfig) -> None:
     elif config.llm_tuning in ADAPTERS:
         from peft import LoraConfig, inject_adapter_in_model
 
-        # Full names inside the language model: a suffix like q_proj would hit the tower too.
-        linears = [name for name, module in language_model.named_modules() if isinstance(module, nn.Linear)]
+        linears = [name.removeprefix("model.language_model.") for name in language_model_linears(model)]
         if config.llm_tuning == "qlora":
             quantize(language_model, linears)
         settings = LoraConfig(r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout,
