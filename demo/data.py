@@ -15,10 +15,12 @@ from pathlib import Path
 from clipmoe_vlm.runs import UserError, atomic_folder, fail, progress
 from demo import questions, scenes, signs
 from demo.stamps import OBJECTS, Stamps
+from eval_vlm import probing
+from eval_vlm.annotations import Picture, scene
+from eval_vlm.build import write_mme
+from eval_vlm.suites.pope import SETS
 
-POPE_SETS = ("random", "popular", "adversarial")
 DESCRIBED = 0.2  # share of the text-only conversations that describe; the others answer questions
-PERCEPTION = ("existence", "count", "position", "color")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def make(folder: str | Path, stamps_folder: str | Path, sizes: Sizes, seed: int 
     # Test scenes first: they stay the same however many training scenes are asked for.
     test = scenes.annotations(seed, "test", sizes.test, taken)
     train = scenes.annotations(seed, "train", sizes.train, taken)
-    company = questions.Company(train)
+    company = probing.Company(map(scene, train))
+    test_pictures = [scene({**row, "image": Path(row["image"]).name}) for row in test]
     with atomic_folder(folder) as new:
         _draw_scenes(new, train + test, stamps, sizes.size, seed)
         _jsonl(new / "annotations.jsonl", train + test)
@@ -62,8 +65,8 @@ def make(folder: str | Path, stamps_folder: str | Path, sizes: Sizes, seed: int 
         sign_samples = _train_signs(new, stamps, sizes, seed)
         _llava(new, train, sign_samples, company, seed)
         _llm_text(new, train, company, sizes.llm_texts, seed)
-        _pope(new, test, company, sizes.pope, seed)
-        _mme(new, test, company, stamps, sizes, seed)
+        _pope(new, test_pictures, company, sizes.pope, seed)
+        _mme(new, test_pictures, company, stamps, sizes, seed)
         (new / "sizes.json").write_text(json.dumps({**asdict(sizes), "seed": seed}) + "\n", encoding="utf-8")
 
 
@@ -112,7 +115,7 @@ def _train_signs(folder: Path, stamps: Stamps, sizes: Sizes, seed: int) -> list[
     return samples
 
 
-def _llava(folder: Path, train: list[dict], sign_samples: list[dict], company: questions.Company, seed: int) -> None:
+def _llava(folder: Path, train: list[dict], sign_samples: list[dict], company: probing.Company, seed: int) -> None:
     rng = random.Random(f"{seed} llava")
     stage_1 = [{"id": row["id"], "image": row["image"],
                 "conversations": [{"from": "human", "value": "<image>"},
@@ -125,7 +128,7 @@ def _llava(folder: Path, train: list[dict], sign_samples: list[dict], company: q
     _json(folder / "llava_stage2.json", stage_2)
 
 
-def _llm_text(folder: Path, train: list[dict], company: questions.Company, count: int, seed: int) -> None:
+def _llm_text(folder: Path, train: list[dict], company: probing.Company, count: int, seed: int) -> None:
     """Maps of training scenes, to be described or with questions: what a language model can learn without seeing."""
     rng = random.Random(f"{seed} llm text")
     samples = []
@@ -141,38 +144,26 @@ def _llm_text(folder: Path, train: list[dict], company: questions.Company, count
     _json(folder / "llm_text.json", samples)
 
 
-def _pope(folder: Path, test: list[dict], company: questions.Company, count: int, seed: int) -> None:
+def _pope(folder: Path, test: list[Picture], company: probing.Company, count: int, seed: int) -> None:
+    """What is frequent and what keeps company is told by the training scenes alone."""
     (folder / "pope").mkdir()
-    enough = [row for row in test if 2 * len(row["objects"]) >= questions.POPE_QUESTIONS_PER_PICTURE][:count]
-    for kind in POPE_SETS:
-        _jsonl(folder / "pope" / f"coco_pope_{kind}.json", questions.pope_set(enough, company, kind, seed))
+    enough = [picture for picture in test if len(picture.objects) >= probing.HALF][:count]
+    for kind in SETS:
+        _jsonl(folder / "pope" / f"coco_pope_{kind}.json", probing.pope_set(enough, company, kind, seed))
 
 
-def _mme(folder: Path, test: list[dict], company: questions.Company, stamps: Stamps, sizes: Sizes, seed: int) -> None:
-    """MME's release layout: a folder per subtask; beside each picture a .txt with `question<TAB>answer` lines."""
-    for subtask in PERCEPTION:
-        target = folder / "mme" / subtask
-        target.mkdir(parents=True)
-        rng = random.Random(f"{seed} mme {subtask}")
-        made = 0
-        for row in test:
-            pair = questions.mme_pair(row, subtask, company, rng) if made < sizes.mme else None
-            if pair:
-                name = Path(row["image"]).stem
-                (target / f"{name}.png").write_bytes((folder / row["image"]).read_bytes())
-                _mme_text(target / f"{name}.txt", pair)
-                made += 1
+def _mme(folder: Path, test: list[Picture], company: probing.Company, stamps: Stamps, sizes: Sizes, seed: int) -> None:
+    """MME's release layout; the pairs about scenes are eval_vlm's, those about signs our own."""
+    for subtask in probing.SUBTASKS:
+        pairs = probing.mme_pairs(test, subtask, company, seed)[:sizes.mme]
+        write_mme(pairs, folder / "images" / "test", folder / "mme" / subtask)
     for subtask in signs.SUBTASKS:
         target = folder / "mme" / subtask
         target.mkdir()
         for i in range(sizes.mme):
             sign = signs.Sign(subtask, f"{seed} test {subtask} {i}", stamps, sizes.size)
             (target / f"{i:04d}.png").write_bytes(signs.image_bytes(sign.picture))
-            _mme_text(target / f"{i:04d}.txt", sign.pair)
-
-
-def _mme_text(file: Path, pair: tuple[str, str]) -> None:
-    file.write_text(f"{pair[0]}\tYes\n{pair[1]}\tNo\n", encoding="utf-8")
+            (target / f"{i:04d}.txt").write_text("{}\tYes\n{}\tNo\n".format(*sign.pair), encoding="utf-8")
 
 
 def _jsonl(file: Path, rows: list[dict]) -> None:

@@ -15,12 +15,13 @@ from itertools import combinations
 
 from PIL import Image
 
-from demo.stamps import OBJECTS, THEMES, Stamps, plural, with_article
+from demo.stamps import OBJECTS, THEMES, Stamps
+from eval_vlm.annotations import QUARTERS
+from eval_vlm.probing import NUMBERS, plural, with_article
 
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACES = tuple(QUARTERS)
 COLORS = {"red": (205, 55, 50), "gray": (150, 150, 150), "yellow": (240, 220, 90), "green": (80, 160, 80),
           "blue": (70, 110, 205), "purple": (130, 75, 160), "pink": (240, 165, 190), "white": (240, 240, 240)}
-NUMBERS = ("zero", "one", "two", "three", "four")
 THINGS_IN_A_SCENE = {1: 8, 2: 30, 3: 35, 4: 27}  # number of stamps: weight
 FREQUENCY_IN_THEME = (6, 5, 4, 3, 2, 2)  # of a theme's first, second, ... object
 FREQUENCY_OF_THEME = (3, 3, 3, 2, 2, 2, 2, 1, 1, 1)

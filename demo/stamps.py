@@ -42,8 +42,6 @@ THEMES: dict[str, dict[str, str]] = {
 }
 OBJECTS: dict[str, str] = {name: stamp for theme in THEMES.values() for name, stamp in theme.items()}
 THEME_OF: dict[str, str] = {name: theme for theme, names in THEMES.items() for name in names}
-IRREGULAR_PLURALS = {"sheep": "sheep", "deer": "deer", "broccoli": "broccoli", "butterfly": "butterflies",
-                     "strawberry": "strawberries", "bus": "buses", "mug": "mugs", "tomato": "tomatoes"}
 
 LETTERS = {letter: f"symbols/alphabets/english/filled/uppercase/{letter}_filled"
            for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
@@ -54,14 +52,6 @@ LANDMARKS = {"the Eiffel tower": "town/monuments/cartoon/eiffel_tower", "a pyram
              "an inukshuk": "town/monuments/inukshuk-photo", "a graveyard": "town/monuments/cartoon/graveyard",
              "a statue": "town/monuments/cartoon/statue", "a stone circle": "town/monuments/cartoon/magic_stones"}
 LANGUAGES = {"de": "German", "es": "Spanish", "fr": "French", "it": "Italian"}
-
-
-def plural(name: str) -> str:
-    return IRREGULAR_PLURALS.get(name, name + "s")
-
-
-def with_article(name: str) -> str:
-    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
 
 
 class Stamps:

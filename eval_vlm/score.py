@@ -32,22 +32,30 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; usage: {USAGE}; the suites are {', '.join(SUITES)}")
 
 
-def suite_config(suite: str, questions: str, options: list[str]) -> Any:
-    """The suite's dataclass with its defaults, the question file and `key=value` options."""
+def apply_options(default: Any, options: list[str], name: str) -> Any:
+    """The dataclass `default` with `key=value` options; `name` says in errors what it configures.
+
+    Raises:
+        UserError: a key that it does not have, or a value of the wrong type.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    default = getattr(EvalConfig(model="", output_dir=""), suite)
     for option in options:
         if "=" not in option or option.split("=")[0] not in vars(default):
-            raise UserError(f"'{option}' is not of the form key=value with a key of {suite}: "
+            raise UserError(f"'{option}' is not of the form key=value with a key of {name}: "
                             f"{', '.join(vars(default))}")
     try:
-        config = OmegaConf.merge(OmegaConf.structured(default), OmegaConf.from_dotlist(options))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(default), OmegaConf.from_dotlist(options)))
     except OmegaConfBaseException as error:
-        raise UserError(f"{suite}: {str(error).splitlines()[0]}") from error
-    config[SOURCE_KEY.get(suite, "questions")] = questions
-    return OmegaConf.to_object(config)
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
+
+
+def suite_config(suite: str, questions: str, options: list[str]) -> Any:
+    """The suite's dataclass with its defaults, the question file and `key=value` options."""
+    config = apply_options(getattr(EvalConfig(model="", output_dir=""), suite), options, suite)
+    setattr(config, SOURCE_KEY.get(suite, "questions"), questions)
+    return config
 
 
 def read_predictions(file: Path) -> list[dict]:

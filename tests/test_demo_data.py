@@ -11,7 +11,10 @@ import pytest
 from PIL import Image
 
 from demo import data, questions, scenes, signs
-from demo.stamps import DIGITS, LANDMARKS, LETTERS, OBJECTS, OPERATORS, THEME_OF, Stamps, plural
+from demo.stamps import DIGITS, LANDMARKS, LETTERS, OBJECTS, OPERATORS, THEME_OF, Stamps
+from eval_vlm import probing
+from eval_vlm.annotations import scene
+from eval_vlm.probing import plural
 from eval_vlm.suites import mme, pope
 
 SIZES = data.Sizes(train=150, test=60, pope=20, mme=6, signs=3, llm_texts=40)
@@ -258,7 +261,7 @@ def test_pope_asks_three_there_and_three_absent_of_each_picture(folder, annotati
     present = {row["image"].split("/")[-1]: {o["name"] for o in row["objects"]}
                for key, row in annotations.items() if key.startswith("test")}
     asked = {}
-    for kind in data.POPE_SETS:
+    for kind in pope.SETS:
         lines = rows(folder / "pope" / f"coco_pope_{kind}.json")
         per_picture = Counter(line["image"] for line in lines)
         assert set(per_picture.values()) == {6} and len(per_picture) <= SIZES.pope
@@ -273,12 +276,12 @@ def test_pope_asks_three_there_and_three_absent_of_each_picture(folder, annotati
 def test_popular_and_adversarial_sets_follow_the_training_scenes(annotations):
     train = [row for key, row in annotations.items() if key.startswith("train")]
     test = [row for key, row in annotations.items() if key.startswith("test") and len(row["objects"]) >= 3]
-    company = questions.Company(train)
+    company = probing.Company(map(scene, train))
     themes = {}
-    for kind in data.POPE_SETS:
+    for kind in pope.SETS:
         rng = random.Random(0)
         absent = [(row, name) for row in test
-                  for name in company.absent([o["name"] for o in row["objects"]], kind, rng)[:3]]
+                  for name in company.absent(scene(row), [o["name"] for o in row["objects"]][:3], kind, rng)]
         themes[kind] = np.mean([THEME_OF[name] in {THEME_OF[o["name"]] for o in row["objects"]}
                                 for row, name in absent])
         if kind == "popular":
@@ -296,11 +299,11 @@ def test_eval_vlm_reads_pope_and_mme(folder, annotations):
     for record in records:
         by_subtask[record["category"]].append(record)
         assert (folder / "mme" / record["image"]).is_file()
-    assert set(by_subtask) == {*data.PERCEPTION, *signs.SUBTASKS}
+    assert set(by_subtask) == {*probing.SUBTASKS, *signs.SUBTASKS}
     for subtask, asked in by_subtask.items():
         assert len(asked) == 2 * SIZES.mme
         assert [record["label"].lower() for record in asked] == ["yes", "no"] * SIZES.mme
-        for record in asked if subtask in data.PERCEPTION else []:
+        for record in asked if subtask in probing.SUBTASKS else []:
             annotation = annotations[f"test_{Path(record['image']).stem}"]
             assert truth(record["question"], annotation).lower() == record["label"].lower()
 
