@@ -1,8 +1,8 @@
 """LLaVA-Bench in the wild (Liu et al. 2023, arXiv 2304.08485): 60 open questions about 24 pictures, seen by a judge.
 
-The judge (LLaVA's `eval_gpt_review_bench.py`) is not run here: `write_submission` makes the answers file that it reads,
-and its reviews (JSON lines with `tuple`: the reference's and the model's points) are scored as a predictions file.
-Files: `questions.jsonl`, or lmms-lab/llava-bench-in-the-wild.
+The judge is another program: eval_vlm.judge, or LLaVA's `eval_gpt_review_bench.py`, which reads the answers file that
+`write_submission` makes. Their reviews (JSON lines with `tuple`: the reference's and the model's points) are scored as
+a predictions file. Files: `questions.jsonl`, or lmms-lab/llava-bench-in-the-wild.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def score(records: list[dict], rule: str = "official") -> dict[str, Any]:
     check_rule(rule, RULES)
     rows, warnings = _reviewed(records)
     if not rows:
-        return {"warn": "no figures: LLaVA-Bench's answers are compared by a judge; write the submission file, let "
-                "LLaVA's eval_gpt_review_bench.py review it, and score its reviews"}
+        return {"warn": "no figures: LLaVA-Bench's answers are compared by a judge; run eval_vlm.judge "
+                "(docs/judge.md)"}
     figures = {}
     for name in ("all", *CATEGORIES):
         chosen = [parse(row) for row in rows if name in ("all", row["category"])]

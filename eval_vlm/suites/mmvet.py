@@ -1,8 +1,8 @@
 """MM-Vet (Yu et al. 2023, arXiv 2308.02490): 218 open questions, each needing some of six abilities, graded by a judge.
 
-The judge (MM-Vet's notebook or Space) is not run here: `write_submission` makes the answers file that it reads, and
-its grades file (`{"v1_0": {"score": [0.5]}, ...}`) is scored as a predictions file. Files: `mm-vet.json`, or
-lmms-lab/MMVet.
+The judge is another program: eval_vlm.judge, whose grades are scored as a predictions file, or MM-Vet's own, which
+reads the answers file that `write_submission` makes and writes `{"v1_0": {"score": [0.5]}, ...}`. Files:
+`mm-vet.json`, or lmms-lab/MMVet.
 """
 
 from __future__ import annotations
@@ -94,8 +94,7 @@ def score(records: list[dict], rule: str = "official") -> dict[str, Any]:
     check_rule(rule, RULES)
     rows, grades, warnings = _graded(records)
     if not rows:
-        return {"warn": "no figures: MM-Vet's answers are graded by a judge; write the submission file, let MM-Vet's "
-                "notebook grade it, and score its grades file"}
+        return {"warn": "no figures: MM-Vet's answers are graded by a judge; run eval_vlm.judge (docs/judge.md)"}
     pairs = list(zip(rows, grades, strict=True))
     combinations: dict[str, list[float]] = {}
     for row, grade in pairs:
