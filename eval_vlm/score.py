@@ -107,7 +107,8 @@ def match(predictions: list[dict], records: list[dict], suite: str, file: Path, 
         if "suite" in row:
             if row["suite"] != suite:
                 raise UserError(f"{where} is a prediction for {row['suite']}, not for {suite}; name that suite")
-            name, found = row.get("id"), [by_id[row["id"]]] if row.get("id") in by_id else []
+            name = str(row.get("id"))
+            found = [by_id[name]] if name in by_id else []
         else:
             name = next((row[key] for key in ID_KEYS if key in row), None)
             if suite == "mmbench" and row.get("round_id"):

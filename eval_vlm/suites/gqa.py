@@ -26,7 +26,7 @@ from eval_vlm.suites import (
 )
 from eval_vlm.suites.questions import (
     check_fields,
-    check_ids,
+    check_records,
     dataset_rows,
     first_pictures,
     hash_files,
@@ -53,11 +53,18 @@ def load(config: GqaConfig, limit: int | None = None) -> tuple[list[dict], dict[
             raise UserError(f"{config.questions} is no JSON object of questions; name testdev_balanced_questions.json")
         rows = [{"id": question_id, **row} for question_id, row in content.items()]
     check_fields(rows, ("imageId", "question", "answer", "isBalanced", "types", "groups", "semantic"), config.questions)
+    for row in rows:
+        steps = all(isinstance(one, dict) and {"operation", "argument"} <= one.keys() for one in row["semantic"])
+        kinds = all(isinstance(row["types"].get(kind), str) for kind in ("structural", "semantic"))
+        texts = all(isinstance(one, str | None) for one in (row["answer"], row["groups"].get("global")))
+        if not (steps and kinds and texts):
+            raise UserError(f"{config.questions}, question {row['id']}: its answer, types, groups or semantic is not "
+                            "as in GQA; get the file again")
     records = [{"id": str(row["id"]), "suite": "gqa", "category": row["types"]["structural"],
                 "image": f"{row['imageId']}.jpg", "question_id": str(row["id"]), "question": row["question"],
                 "label": row["answer"], "isBalanced": row["isBalanced"], "types": row["types"],
                 "groups": row["groups"], "semantic": row["semantic"]} for row in rows]
-    check_ids(records, config.questions)
+    check_records(records, config.questions)
     return first_pictures(records, limit), {"questions": sha256}
 
 
@@ -140,7 +147,7 @@ def _distribution(rows: list[dict]) -> float | None:
     labels: dict[str, Counter] = defaultdict(Counter)
     answers: dict[str, Counter] = defaultdict(Counter)
     for row in rows:
-        group = row["groups"]["global"]
+        group = row["groups"].get("global")
         if group is not None:
             labels[group][row["label"]] += 1
             if row["answer"] is not None:

@@ -21,7 +21,7 @@ from eval_vlm.suites import (
     to_points,
     with_warnings,
 )
-from eval_vlm.suites.questions import check_ids, first_pictures, is_dataset, read_rows
+from eval_vlm.suites.questions import check_records, first_pictures, is_dataset, read_rows
 
 RULES = ("official",)
 CATEGORIES = ("conv", "detail", "complex")
@@ -40,7 +40,7 @@ def load(config: LlavaBenchConfig, limit: int | None = None) -> tuple[list[dict]
                             f"{', '.join(CATEGORIES)}, found {row['category']!r}")
         records.append({"id": str(row["question_id"]), "suite": "llava_bench", "category": row["category"],
                         "image": row["image"], "question_id": row["question_id"], "question": text, "label": None})
-    check_ids(records, config.questions)
+    check_records(records, config.questions)
     return first_pictures(records, limit), {"questions": sha256}
 
 
@@ -56,7 +56,8 @@ def parse(record: dict, rule: str = "official") -> list[float] | None:
     """
     check_rule(rule, RULES)
     grade = record.get("grade")
-    if grade is not None and (not isinstance(grade, list) or len(grade) != 2):
+    numbers = isinstance(grade, list) and len(grade) == 2 and all(isinstance(one, int | float) for one in grade)
+    if grade is not None and not numbers:
         raise UserError(f"question {record['question_id']}: a review has two numbers, the reference's and the model's "
                         f"points, found {grade!r}")
     return grade

@@ -26,7 +26,7 @@ from eval_vlm.suites import (
     with_warnings,
 )
 from eval_vlm.suites.choices import lmms_eval_letter, vlmevalkit_letter
-from eval_vlm.suites.questions import check_ids, first_pictures, option_letter, read_rows, with_options
+from eval_vlm.suites.questions import check_records, first_pictures, option_letter, read_rows, with_options
 from eval_vlm.suites.vqa import MISSING_WORDS
 
 ROTATION = 1_000_000  # a row's index is its group's + r * this; choices and label are then r places to the left
@@ -61,7 +61,7 @@ def load(config: MmbenchConfig, limit: int | None = None) -> tuple[list[dict], d
                         "label": option_letter(None if label in MISSING_WORDS else label, len(choices), where),
                         "l2_category": row.get("l2-category") or row.get("L2-category") or "none",
                         "split": row.get("split"), "language": config.language})
-    check_ids(records, config.questions)
+    check_records(records, config.questions)
     unrotated = [record for record in records if record["question_id"] < ROTATION]
     if config.circular:
         there = {record["question_id"] for record in records}

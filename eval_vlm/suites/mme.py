@@ -17,7 +17,7 @@ from clipmoe_vlm.runs import UserError
 from eval_vlm.config import MmeConfig
 from eval_vlm.stats import bounds, difference, sum_interval
 from eval_vlm.suites import SHORT_ANSWER, Points, check_rule, last_answers, vlmevalkit_yes_no, yes_or_no
-from eval_vlm.suites.questions import check_ids, first_pictures, holds_dataset, read_rows
+from eval_vlm.suites.questions import check_records, first_pictures, holds_dataset, read_rows
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -74,7 +74,11 @@ def _load_dataset(config: MmeConfig, limit: int | None) -> tuple[list[dict], dic
         records.append({"id": f"{row['category']}/{name}", "suite": "mme", "category": row["category"],
                         "image": row["image"], "question_id": name, "question": row["question"].strip(),
                         "label": row["answer"].strip()})
-    check_ids(records, config.folder)
+    check_records(records, config.folder)
+    odd = next((question for question, count in seen.items() if count % 2), None)
+    if odd is not None:
+        raise UserError(f"{config.folder}: {odd} has {seen[odd]} of its {seen[odd] + 1} questions; get the dataset "
+                        "again")
     tasks = {task: [record for record in records if record["category"] == task] for task in TASKS}
     return ([record for chosen in tasks.values() for record in first_pictures(chosen, limit)],
             {task: sha256 for task, chosen in tasks.items() if chosen})

@@ -22,7 +22,7 @@ from eval_vlm.suites import (
     with_warnings,
 )
 from eval_vlm.suites.choices import extract_letter, vlmevalkit_letter
-from eval_vlm.suites.questions import check_ids, first_pictures, option_letter, read_rows, with_options
+from eval_vlm.suites.questions import check_records, first_pictures, option_letter, read_rows, with_options
 
 
 def load(config: MmstarConfig, limit: int | None = None) -> tuple[list[dict], dict[str, str]]:
@@ -36,7 +36,7 @@ def load(config: MmstarConfig, limit: int | None = None) -> tuple[list[dict], di
                 "choices": {letter: row[letter] for letter in "ABCD" if row.get(letter) is not None},
                 "label": option_letter(row["answer"], 4, f"{config.questions}, index {row['index']}"),
                 "l2_category": row["l2_category"]} for row in rows]
-    check_ids(records, config.questions)
+    check_records(records, config.questions)
     return first_pictures(records, limit), {"questions": sha256}
 
 

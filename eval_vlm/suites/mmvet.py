@@ -22,7 +22,7 @@ from eval_vlm.suites import (
 )
 from eval_vlm.suites.questions import (
     check_fields,
-    check_ids,
+    check_records,
     first_pictures,
     hash_files,
     is_dataset,
@@ -50,7 +50,7 @@ def load(config: MmvetConfig, limit: int | None = None) -> tuple[list[dict], dic
     records = []
     for row in rows:
         abilities = row["capability"].split(",") if isinstance(row["capability"], str) else row["capability"]
-        unknown = [one for one in abilities if one.strip() not in ABILITIES]
+        unknown = [one for one in abilities if str(one).strip() not in ABILITIES]
         if unknown:
             raise UserError(f"{config.questions}, question {row['question_id']}: MM-Vet has no ability '{unknown[0]}'; "
                             f"its abilities are {', '.join(ABILITIES)}")
@@ -58,7 +58,7 @@ def load(config: MmvetConfig, limit: int | None = None) -> tuple[list[dict], dic
         records.append({"id": name, "suite": "mmvet", "category": "default", "image": row["image"], "question_id": name,
                         "llava_id": name.removeprefix("v1_"), "question": row["question"], "label": row["answer"],
                         "abilities": [one.strip() for one in abilities]})
-    check_ids(records, config.questions)
+    check_records(records, config.questions)
     return first_pictures(records, limit), {"questions": sha256}
 
 
@@ -74,10 +74,12 @@ def parse(record: dict, rule: str = "official") -> float | None:
     """
     check_rule(rule, RULES)
     grades = record.get("grade")
-    grade = mean(grades) if isinstance(grades, list) else grades
-    if grade is not None and not 0 <= grade <= 1:
-        raise UserError(f"question {record['question_id']}: MM-Vet's grades go from 0 to 1, found {grade}")
-    return grade
+    if grades is None:
+        return None
+    grades = grades if isinstance(grades, list) else [grades]
+    if not all(isinstance(grade, int | float) and 0 <= grade <= 1 for grade in grades):
+        raise UserError(f"question {record['question_id']}: MM-Vet's grades go from 0 to 1, found {record['grade']}")
+    return mean(grades)
 
 
 def _graded(records: list[dict]) -> tuple[list[dict], list[float], list[str]]:

@@ -19,7 +19,7 @@ from eval_vlm.suites import (
     to_points,
     with_warnings,
 )
-from eval_vlm.suites.questions import check_ids, first_pictures, is_dataset, read_rows
+from eval_vlm.suites.questions import check_records, first_pictures, is_dataset, read_rows
 
 RECOGNITION = ("Regular Text Recognition", "Irregular Text Recognition", "Artistic Text Recognition",
                "Handwriting Recognition", "Digit String Recognition", "Non-Semantic Text Recognition")
@@ -49,7 +49,7 @@ def load(config: OcrbenchConfig, limit: int | None = None) -> tuple[list[dict], 
         records.append({"id": str(row["id"]), "suite": "ocrbench", "category": row["question_type"],
                         "image": row["image"], "question_id": row["id"], "question": row["question"].strip(),
                         "answers": None if row["answer"] is None else [str(answer) for answer in answers]})
-    check_ids(records, config.questions)
+    check_records(records, config.questions)
     return first_pictures(records, limit), {"questions": sha256}
 
 

@@ -24,7 +24,7 @@ from eval_vlm.suites import (
     vlmevalkit_yes_no,
     yes_or_no,
 )
-from eval_vlm.suites.questions import check_ids, first_pictures, holds_dataset, read_json, read_rows
+from eval_vlm.suites.questions import check_records, first_pictures, holds_dataset, read_json, read_rows
 
 SETS = ("random", "popular", "adversarial")
 SOURCES = ("coco", "aokvqa", "gqa")
@@ -106,7 +106,7 @@ def _load_dataset(config: PopeConfig, limit: int | None) -> tuple[list[dict], di
                              config.image_folder, config.split)
     records = [_record(row["category"], row["question_id"], row["image"], row["question"], row["answer"],
                        config.questions_dir) for row in rows]
-    check_ids(records, config.questions_dir)
+    check_records(records, config.questions_dir)
     sets = {name: [record for record in records if record["category"] == name] for name in SETS}
     return ([record for chosen in sets.values() for record in first_pictures(chosen, limit)],
             {name: sha256 for name, chosen in sets.items() if chosen})

@@ -22,6 +22,14 @@ from eval_vlm.suites.vqa import MISSING_WORDS
 
 FILES = (".json", ".jsonl", ".tsv")
 SAVED = ("dataset_info.json", "dataset_dict.json")  # `datasets.save_to_disk` writes one of them
+# What these fields hold in every benchmark that has them.
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("question", "text", "imagename", "image_path", "question_type", "data_type", "data_id", "category",
+                     "l2_category"), (str,)),
+    **dict.fromkeys(("question_id", "image_id", "imageId", "index", "question_type_id"), (str, int)),
+    **dict.fromkeys(("image", "hint", "answer_type"), (str, type(None))),
+    **dict.fromkeys(("choices", "semantic", "ocr_tokens"), (list,)), **dict.fromkeys(("types", "groups"), (dict,)),
+    "answers": (list, dict, str, type(None)), "capability": (list, str)}
 ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif"}
 
 
@@ -103,7 +111,7 @@ def read_rows(source: str | Path, fields: Iterable[str], image_folder: str = "",
 
 def check_fields(rows: Any, fields: Iterable[str], source: str | Path) -> None:
     """Raises:
-        UserError: no list of rows, or one that lacks a field.
+        UserError: no list of rows, one that lacks a field, or a field of another kind than its benchmark has there.
     """
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{source} holds no questions; name the benchmark's question file")
@@ -111,6 +119,10 @@ def check_fields(rows: Any, fields: Iterable[str], source: str | Path) -> None:
         absent = [field for field in fields if not isinstance(row, dict) or field not in row]
         if absent:
             raise UserError(f"{source}, row {number}: no field {', '.join(absent)}; name the benchmark's question file")
+        for field, value in row.items():
+            if field in KINDS and (not isinstance(value, KINDS[field]) or isinstance(value, bool)):
+                raise UserError(f"{source}, row {number}: {field} is {str(value)[:60]!r}, which it never is in this "
+                                "benchmark; get the file again")
 
 
 def dataset_rows(source: str, split: str, subset: str) -> Iterator[dict]:
@@ -218,14 +230,20 @@ def first_pictures(rows: list[dict], limit: int | None) -> list[dict]:
     return [row for row in rows if row["image"] in chosen]
 
 
-def check_ids(records: list[dict], where: str | Path) -> None:
+def check_records(records: list[dict], where: str | Path) -> None:
     """Raises:
-        UserError: two records with one id.
+        UserError: two records with one id, one without a picture, or some with annotators' answers and some without.
     """
     seen: set[str] = set()
+    answered = any(record.get("answers") for record in records)
     for record in records:
+        question = f"{where}: question {record['id']}"
         if record["id"] in seen:
-            raise UserError(f"{where}: question {record['id']} is there twice; number them anew")
+            raise UserError(f"{question} is there twice; number them anew")
+        if not record["image"] and record.get("has_image", True):
+            raise UserError(f"{question} has no picture; name one or leave the question out")
+        if answered and not record.get("answers"):
+            raise UserError(f"{question} has no answers, others have; get the file again")
         seen.add(record["id"])
 
 

@@ -28,7 +28,7 @@ from eval_vlm.suites import (
 from eval_vlm.suites.choices import vlmevalkit_letter
 from eval_vlm.suites.questions import (
     check_fields,
-    check_ids,
+    check_records,
     first_pictures,
     hash_files,
     read_json,
@@ -47,6 +47,10 @@ def load(config: ScienceqaConfig, limit: int | None = None) -> tuple[list[dict],
     if (folder / "problems.json").is_file():
         files = (folder / "problems.json", folder / "pid_splits.json")
         problems, splits = (read_json(file) for file in files)
+        for file, content, kind in zip(files, (problems, splits), (dict, list), strict=True):
+            if not isinstance(content, dict) or not all(isinstance(one, kind) for one in content.values()):
+                raise UserError(f"{file} is not ScienceQA's; get the file again")
+        splits = {name: list(map(str, ids)) for name, ids in splits.items()}
         if config.split not in splits:
             raise UserError(f"{files[1]} has no split '{config.split}', only {', '.join(splits)}; set scienceqa.split")
         missing = [question_id for question_id in splits[config.split] if question_id not in problems]
@@ -74,7 +78,7 @@ def load(config: ScienceqaConfig, limit: int | None = None) -> tuple[list[dict],
                             "category": "img" if row.get("image") else "text", "image": row.get("image") or "",
                             "question_id": str(row["id"]), "question": row["question"], "hint": row.get("hint") or "",
                             "choices": row["choices"], "label": label, "has_image": bool(row.get("image"))})
-    check_ids(records, config.questions)
+    check_records(records, config.questions)
     return first_pictures(records, limit), {"questions": sha256}
 
 

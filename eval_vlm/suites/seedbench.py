@@ -27,7 +27,7 @@ from eval_vlm.suites import (
 from eval_vlm.suites.choices import vlmevalkit_letter
 from eval_vlm.suites.questions import (
     check_fields,
-    check_ids,
+    check_records,
     first_pictures,
     hash_files,
     is_dataset,
@@ -48,16 +48,16 @@ def load(config: SeedbenchConfig, limit: int | None = None) -> tuple[list[dict],
     """Raises:
         UserError: a broken or wrong file, a question twice, a label outside A to D.
     """
-    kinds = KINDS
+    kinds = {str(number): name for number, name in KINDS.items()}
     if is_dataset(config.questions):
         rows, sha256 = read_rows(config.questions, FIELDS, config.image_folder, config.split)
     else:
         content, sha256 = read_json(config.questions), hash_files(config.questions)
-        if not isinstance(content, dict) or not content.get("questions"):
-            raise UserError(f"{config.questions}: no list `questions`; name SEED-Bench.json")
-        kinds = {number: name for name, number in content["question_type"].items()}
-        rows = content["questions"]
-        check_fields(rows, FIELDS, config.questions)
+        if not isinstance(content, dict) or not isinstance(content.get("question_type"), dict):
+            raise UserError(f"{config.questions} has no `question_type`; name SEED-Bench.json")
+        kinds = {str(number): name for name, number in content["question_type"].items()}
+        rows = content.get("questions")
+        check_fields(rows, (*FIELDS, "data_id"), config.questions)
     records = []
     for row in rows:
         if row["data_type"] != "image" and config.images_only:
@@ -65,14 +65,17 @@ def load(config: SeedbenchConfig, limit: int | None = None) -> tuple[list[dict],
         # As LLaVA lays the pictures out; of a video it takes the middle frame.
         picture = row.get("image") or (f"SEED-Bench-image/{row['data_id']}" if row["data_type"] == "image" else
                                        f"SEED-Bench-video-image/{row['question_id']}.png")
-        number = int(row["question_type_id"])
+        number = str(row["question_type_id"])
+        if not number.isdigit():
+            raise UserError(f"{config.questions}, question {row['question_id']}: question_type_id must be a number, "
+                            f"found {number!r}; get the file again")
         records.append({"id": str(row["question_id"]), "suite": "seedbench",
                         "category": kinds.get(number, f"type {number}"), "image": picture,
                         "question_id": row["question_id"], "data_type": row["data_type"],
                         "question_type_id": row["question_type_id"], "question": row["question"],
                         **{f"choice_{one}": row[f"choice_{one}"] for one in "abcd"},
                         "label": option_letter(row["answer"], 4, f"{config.questions}, question {row['question_id']}")})
-    check_ids(records, config.questions)
+    check_records(records, config.questions)
     return first_pictures(records, limit), {"questions": sha256}
 
 

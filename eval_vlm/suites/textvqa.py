@@ -25,14 +25,14 @@ from eval_vlm.suites import (
 )
 from eval_vlm.suites.questions import (
     check_fields,
-    check_ids,
+    check_records,
     first_pictures,
     hash_files,
     is_dataset,
     read_json,
     read_rows,
 )
-from eval_vlm.suites.vqa import from_sheet, normalise_textvqa, normalise_vlmevalkit, vqa_accuracy
+from eval_vlm.suites.vqa import annotator_answers, from_sheet, normalise_textvqa, normalise_vlmevalkit, vqa_accuracy
 
 RULES = ("official", "lmms_eval", "vlmevalkit")
 OCR = "\nReference OCR token: "
@@ -56,9 +56,10 @@ def load(config: TextvqaConfig, limit: int | None = None) -> tuple[list[dict], d
         sha256 = hash_files(config.questions)
     tokens = _ocr_tokens(config, rows)
     records = [{"id": str(row["question_id"]), "suite": "textvqa", "category": "default", "image": row["image"],
-                "question_id": row["image_id"], "question": row["question"], "answers": row.get("answers") or None,
+                "question_id": row["image_id"], "question": row["question"],
+                "answers": annotator_answers(row.get("answers"), f"{config.questions}, question {row['question_id']}"),
                 "ocr_tokens": one} for row, one in zip(rows, tokens, strict=True)]
-    check_ids(records, config.questions)
+    check_records(records, config.questions)
     return first_pictures(records, limit), {"questions": sha256}
 
 
@@ -69,12 +70,16 @@ def _ocr_tokens(config: TextvqaConfig, rows: list[dict]) -> list[str | None]:
     if config.ocr_tokens == "column":
         if any("ocr_tokens" not in row for row in rows):
             raise UserError(f"{config.questions} has no column ocr_tokens; name a file in textvqa.ocr_tokens")
-        return [", ".join(row["ocr_tokens"]) for row in rows]
+        return [", ".join(map(str, row["ocr_tokens"])) for row in rows]
     if Path(config.ocr_tokens).suffix == ".jsonl":  # LLaVA's prompts
-        found = {str(row["question_id"]): row["text"].partition(OCR)[2].removesuffix(SHORT_ANSWER)
-                 for row in read_jsonl(config.ocr_tokens)}
+        prompts = read_jsonl(config.ocr_tokens)
+        check_fields(prompts, ("question_id", "text"), config.ocr_tokens)
+        found = {str(row["question_id"]): row["text"].partition(OCR)[2].removesuffix(SHORT_ANSWER) for row in prompts}
     else:
-        found = {row["image_id"]: ", ".join(row["ocr_tokens"]) for row in read_json(config.ocr_tokens)["data"]}
+        content = read_json(config.ocr_tokens)
+        content = content.get("data") if isinstance(content, dict) else content
+        check_fields(content, ("image_id", "ocr_tokens"), config.ocr_tokens)
+        found = {row["image_id"]: ", ".join(map(str, row["ocr_tokens"])) for row in content}
     missing = [row["image_id"] for row in rows if row["image_id"] not in found]
     if missing:
         raise UserError(f"{config.ocr_tokens} has no tokens of picture {missing[0]} ({len(missing)} questions are "

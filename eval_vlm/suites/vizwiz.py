@@ -23,7 +23,7 @@ from eval_vlm.suites import (
     to_points,
     with_warnings,
 )
-from eval_vlm.suites.questions import check_ids, first_pictures, read_rows
+from eval_vlm.suites.questions import check_records, first_pictures, read_rows
 from eval_vlm.suites.vqa import (
     annotator_answers,
     from_sheet,
@@ -55,9 +55,9 @@ def load(config: VizwizConfig, limit: int | None = None) -> tuple[list[dict], di
         answer_type = row.get("answer_type") or row.get("category")
         records.append({"id": str(question_id), "suite": "vizwiz", "category": answer_type or "default",
                         "image": row["image"], "question_id": question_id, "question": question,
-                        "answers": annotator_answers(row.get("answers")), "picture": name,
-                        "answer_type": answer_type})
-    check_ids(records, config.questions)
+                        "answers": annotator_answers(row.get("answers"), f"{config.questions}, question {question_id}"),
+                        "picture": name, "answer_type": answer_type})
+    check_records(records, config.questions)
     return first_pictures(records, limit), {"questions": sha256}
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from clipmoe_vlm.runs import UserError
+
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 COMMA = re.compile(r"\d,\d")
 COMMA_EVALAI = re.compile(r"\d,+\d")
@@ -80,11 +82,19 @@ def normalise_vlmevalkit(text: str) -> str:
     return normalise(text, FULL_STOP_VLMEVALKIT)
 
 
-def annotator_answers(answers: Any) -> list[str] | None:
-    """The annotators' texts out of the official `[{"answer": ...}]` or a dataset's columns; None if there are none."""
+def annotator_answers(answers: Any, where: str) -> list[str] | None:
+    """The annotators' texts out of the official `[{"answer": ...}]` or a dataset's columns; None if there are none.
+
+    Raises:
+        UserError: one of them is no text; `where` names the question.
+    """
     if isinstance(answers, dict):
-        answers = answers["answer"]
-    return [one["answer"] if isinstance(one, dict) else one for one in answers] if answers else None
+        answers = answers.get("answer")
+    texts = [one.get("answer") if isinstance(one, dict) else one for one in answers or []]
+    if isinstance(answers, str) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: the annotators' answers must be a list of texts, found {str(answers)[:60]!r}; get "
+                        "the file again")
+    return texts or None
 
 
 def vqa_accuracy(answer: str, annotators: Sequence[str]) -> float:

@@ -24,7 +24,7 @@ from eval_vlm.suites import (
 )
 from eval_vlm.suites.questions import (
     check_fields,
-    check_ids,
+    check_records,
     first_pictures,
     hash_files,
     is_dataset,
@@ -55,7 +55,7 @@ def load(config: Vqav2Config, limit: int | None = None) -> tuple[list[dict], dic
             raise UserError(f"{config.questions}: no list `questions`; name VQAv2's "
                             "v2_OpenEnded_mscoco_..._questions.json")
         check_fields(content["questions"], ("question_id", "image_id", "question"), config.questions)
-        rows = [{"image": f"COCO_{content.get('data_subtype', 'val2014')}_{int(row['image_id']):012d}.jpg", **row}
+        rows = [{"image": f"COCO_{content.get('data_subtype', 'val2014')}_{str(row['image_id']).zfill(12)}.jpg", **row}
                 for row in content["questions"]]
         sha256 = hash_files(config.questions)
     else:
@@ -74,12 +74,13 @@ def load(config: Vqav2Config, limit: int | None = None) -> tuple[list[dict], dic
             raise UserError(f"{config.annotations} has no annotation of question {missing[0]} ({len(missing)} are "
                             f"missing); name the annotations of {config.questions}")
         rows = [{**row, **annotations[str(row["question_id"])]} for row in rows]
-        sha256 = hash_files(*files, config.annotations)
+        files.append(config.annotations)
+        sha256 = hash_files(*files)
     records = [{"id": str(row["question_id"]), "suite": "vqav2", "category": row.get("answer_type") or "default",
                 "image": row["image"], "question_id": row["question_id"], "question": row["question"],
-                "answers": annotator_answers(row.get("answers")), "answer_type": row.get("answer_type"),
-                "question_type": row.get("question_type")} for row in rows]
-    check_ids(records, config.questions)
+                "answers": annotator_answers(row.get("answers"), f"{files[-1]}, question {row['question_id']}"),
+                "answer_type": row.get("answer_type"), "question_type": row.get("question_type")} for row in rows]
+    check_records(records, config.questions)
     return first_pictures(records, limit), {"questions": sha256}
 
 
