@@ -10,7 +10,9 @@ from clipmoe_vlm.runs import UserError
 
 SUITES = ("pope", "mme", "gqa", "vqav2", "textvqa", "vizwiz", "scienceqa", "mmbench", "seedbench", "mmstar", "ocrbench",
           "mmvet", "llava_bench")
+YES_NO_SUITES = ("pope", "mme")  # every answer of theirs is yes or no
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ANSWERING = ("generate", "yes_no")
 
 
 @dataclass
@@ -101,7 +103,7 @@ class LlavaBenchConfig(QuestionsConfig):
 
 @dataclass
 class EvalConfig:
-    model: str = MISSING  # a VLM folder: train_vlm's, or any of transformers' Llava or LlavaNext
+    model: str = MISSING  # a VLM folder (train_vlm's, or any of transformers' Llava family), or its name on the hub
     output_dir: str = MISSING
     suites: list[str] = field(default_factory=lambda: ["pope", "mme"])
     pope: PopeConfig = field(default_factory=PopeConfig)
@@ -120,7 +122,8 @@ class EvalConfig:
     rule: str = "official"  # how answers are read: official | lmms_eval | vlmevalkit
     prompt_suffix: str | None = None  # after each question; null: the suite's, as LLaVA-1.5 has it
     batch_size: int = 16  # questions at once; changes no answer
-    max_new_tokens: int = 128
+    max_new_tokens: int = 128  # longer answers are cut there, marked and counted
+    answering: str = "generate"  # generate | yes_no: the larger of the logits of yes and no; only for yes/no suites
     precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto: fp32 on a CPU, bf16 on a GPU
     limit: int | None = None  # questions per set or subtask, rounded up to whole pictures; null: all
     seed: int = 0  # of the bootstrap intervals; decoding is greedy
@@ -139,6 +142,12 @@ def check(config: EvalConfig) -> None:
         raise UserError(f"suites: the list is empty; name some of {', '.join(SUITES)}")
     if config.precision not in PRECISIONS:
         raise UserError(f"precision: '{config.precision}' is unknown; choose one of {', '.join(PRECISIONS)}")
+    if config.answering not in ANSWERING:
+        raise UserError(f"answering: '{config.answering}' is unknown; choose one of {', '.join(ANSWERING)}")
+    others = [suite for suite in config.suites if suite not in YES_NO_SUITES]
+    if config.answering == "yes_no" and others:
+        raise UserError(f"answering: yes_no is for {' and '.join(YES_NO_SUITES)}, whose every answer is yes or no; "
+                        f"leave {', '.join(others)} out of suites, or set answering=generate")
     for key in ("batch_size", "max_new_tokens"):
         if getattr(config, key) < 1:
             raise UserError(f"{key}: {getattr(config, key)} is less than 1; give a positive number")

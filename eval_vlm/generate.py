@@ -2,7 +2,8 @@
 
 Prompts about one picture start alike (template, picture, line break) and differ from the question on. That common
 start, found by comparing token ids, goes through the language model once per picture; its keys and values are then
-shared by the picture's questions, which run in batches, left-padded, several pictures together.
+shared by the picture's questions, which run in batches, left-padded, several pictures together. Pictures with prompts
+of like length come together, the longest first, so that there is little padding and too large a batch fails at once.
 
 An answer does not depend on the batch: other shapes give other rounding, so a question whose two best tokens come
 closer than rounding could matter (`NEAR_TIE`) is answered again on its own, where every run computes the same.
@@ -13,26 +14,20 @@ Legend of shapes: P pictures, B questions, L prefix length, S suffix length, H k
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoProcessor,
-    DynamicCache,
-    LlavaForConditionalGeneration,
-    LlavaNextForConditionalGeneration,
-)
+from PIL import Image
+from transformers import DynamicCache, LlavaForConditionalGeneration
 
-import clipmoe_vlm  # noqa: F401  (registers the CLIP-MoE tower with transformers)
 from clipmoe_vlm.pictures import open_rgb
 from clipmoe_vlm.runs import UserError
-from clipmoe_vlm.vlm import check_processor
+from eval_vlm.models import TILED
+from eval_vlm.routing_rows import RoutingRows
 
-MODELS = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 # A lead of the best token over the second that rounding can't turn round; logits are of order 10.
 NEAR_TIE = {torch.float32: 1e-3, torch.float16: 0.06, torch.bfloat16: 0.5}
 # transformers renamed the argument; its old name still works but warns.
@@ -55,50 +50,6 @@ class Picture:
     features: torch.Tensor | None = None
 
 
-def load_vlm(folder: str | Path, device: torch.device, precision: str = "auto") -> tuple[Any, Any]:
-    """Model (eval mode) and processor of a VLM folder.
-
-    Raises:
-        UserError: no folder, another kind of model, weights missing, no chat template, or a processor that does not
-            fit the model.
-    """
-    folder = Path(folder)
-    model_class = MODELS[check_vlm_folder(folder)]
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-             "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[precision]
-    model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:
-        raise UserError(f"{folder}: no weights for {sorted(info['missing_keys'])[0]} and "
-                        f"{len(info['missing_keys']) - 1} more; the folder is not whole, make it again")
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")  # the pixels of training, to the last bit
-    if not processor.chat_template:
-        raise UserError(f"{folder}: the processor has no chat template, so the prompt is unknown; add "
-                        "chat_template.jinja")
-    try:
-        check_processor(model.config, processor)
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}") from error
-    return model.to(device).eval(), processor
-
-
-def check_vlm_folder(folder: Path) -> str:
-    """The model_type of a VLM folder.
-
-    Raises:
-        UserError: `folder` is none that can answer here.
-    """
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except FileNotFoundError:
-        raise UserError(f"model {folder}: there is no config.json; name a model folder of train_vlm") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / 'config.json'} is not valid JSON ({error}); make the folder again") from error
-    if model_type not in MODELS:
-        raise UserError(f"model {folder} is not a VLM: its model_type is '{model_type}', supported are 'llava' and "
-                        "'llava_next' (such as train_vlm writes)")
-    return model_type
-
-
 class Answerer:
     """Answers questions about pictures with one model.
 
@@ -106,54 +57,76 @@ class Answerer:
         model, processor: from `load_vlm`.
         batch_size: questions at once.
         max_new_tokens: an answer ends there at the latest.
+        answering: `generate`; or `yes_no`, which lets the model say one of the two words alone, whichever has the
+            larger logit (see `_yes_no_tokens`).
+
+    Raises:
+        UserError: `yes_no` with a tokenizer that does not tell the two words apart by their first tokens.
     """
 
-    def __init__(self, model: Any, processor: Any, batch_size: int = 16, max_new_tokens: int = 128):
+    def __init__(self, model: Any, processor: Any, batch_size: int = 16, max_new_tokens: int = 128,
+                 answering: str = "generate"):
         self.model, self.processor = model, processor
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         ends = [model.generation_config.eos_token_id, model.config.text_config.eos_token_id,
                 processor.tokenizer.eos_token_id]
         self.end_tokens = sorted({token for end in ends for token in (end if isinstance(end, list) else [end])
                                   if token is not None})
-        self.tiles = model.config.model_type == "llava_next"
+        self.tiled = model.config.model_type in TILED
         self.near_tie = NEAR_TIE[model.dtype]
+        self.yes_no = _yes_no_tokens(processor.tokenizer) if answering == "yes_no" else None
+        self._routing = RoutingRows(model)
+        self._routed: dict[str, dict] = {}
 
     @torch.inference_mode()
     def answers(self, records: list[dict], folder: Path, answered: frozenset[str] | set[str] = frozenset()
-                ) -> Iterator[tuple[dict, str]]:
-        """Yields (record, answer) for every record whose id is not in `answered`, picture by picture.
+                ) -> Iterator[tuple[dict, dict]]:
+        """Yields (record, result) for every record whose id is not in `answered`, picture by picture.
+
+        A result has the `answer`; `cut` (True) if it was ended by max_new_tokens; `yes_no` (the two logits) if it was
+        made of them.
 
         Args:
-            records: dicts with `id`, `image` (relative to `folder`) and `prompt`. Give all of them also when going on
-                with a stopped run: what a picture's prompts share, and with it the rounding, depends on all.
+            records: dicts with `id`, `image` (relative to `folder`) and `prompt`; with `pil` that picture is taken, and
+                `image` is its name alone. Give all records also when going on with a stopped run: what a picture's
+                prompts share, and with it the rounding, depends on all.
 
         Raises:
             UserError: an unreadable picture, a prompt longer than the model's positions, non-finite logits.
         """
-        by_image: dict[str, list[dict]] = {}
-        for record in records:
-            by_image.setdefault(record["image"], []).append(record)
         batch: list[tuple[Picture, dict]] = []
-        for group in by_image.values():
+        for group in self._by_length(records):
             todo = [record for record in group if record["id"] not in answered]
             if not todo:
                 continue
             picture = self._prepare(group, folder)
-            for record in todo:
+            for record in sorted(todo, key=lambda record: -len(picture.ids[record["id"]])):
                 batch.append((picture, record))
                 if len(batch) == self.batch_size:
                     yield from self._answer(batch)
                     batch = []
         yield from self._answer(batch)
 
+    def take_routing(self) -> list[dict]:
+        """Rows of routing_rows.py of the pictures seen since the last call."""
+        rows, self._routed = list(self._routed.values()), {}
+        return rows
+
+    def _by_length(self, records: list[dict]) -> list[list[dict]]:
+        """The records of each picture, those with the longest prompts first."""
+        by_image: dict[str, list[dict]] = {}
+        for record in records:
+            by_image.setdefault(record["image"], []).append(record)
+        groups = list(by_image.values())
+        texts = [max((record["prompt"] for record in group), key=len) for group in groups]
+        tokens = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        lengths = [len(one) for one in tokens]
+        return [groups[index] for index in sorted(range(len(groups)), key=lambda index: -lengths[index])]
+
     def _prepare(self, group: list[dict], folder: Path) -> Picture:
         """Reads one picture and tokenises all prompts about it."""
         path = folder / group[0]["image"]
-        try:
-            image = open_rgb(path)
-        except OSError as error:
-            raise UserError(f"{path}: the picture of question {group[0]['id']} can't be read ({error}); "
-                            "put a whole file there and run the same command again") from error
+        image = group[0].get("pil") or self._open(path, group[0]["id"])
         texts = [self._prompt(record["prompt"]) for record in group]
         # The processor treats the picture once; the number of picture tokens is the same in every prompt about it.
         first = self.processor(text=texts[0], images=image, return_tensors="pt",
@@ -176,6 +149,14 @@ class Answerer:
         return Picture(group[0]["image"], path, ids, first["pixel_values"].flatten(0, -4), (image.height, image.width),
                        min(shared, shortest - 1))
 
+    @staticmethod
+    def _open(path: Path, question: str) -> Image.Image:
+        try:
+            return open_rgb(path)
+        except OSError as error:
+            raise UserError(f"{path}: the picture of question {question} can't be read ({error}); "
+                            "put a whole file there and run the same command again") from error
+
     def _prompt(self, question: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -185,18 +166,18 @@ class Answerer:
         start = self.processor.tokenizer.bos_token
         return start is None or not text.startswith(start)
 
-    def _answer(self, batch: list[tuple[Picture, dict]]) -> list[tuple[dict, str]]:
+    def _answer(self, batch: list[tuple[Picture, dict]]) -> list[tuple[dict, dict]]:
         if not batch:
             return []
         pictures = {id(picture): picture for picture, _ in batch}
-        self._compute_prefixes([picture for picture in pictures.values() if not picture.cache])
-        answers, close = self._decode(batch)
+        self._compute_prefixes([picture for picture in pictures.values() if picture.features is None])
+        results, close = self._decode(batch)
         for index in close if len(batch) > 1 else []:
             picture, record = batch[index]
             alone = Picture(picture.name, picture.path, picture.ids, picture.pixel_values, picture.size, picture.prefix)
             self._compute_prefixes([alone])
-            answers[index] = self._decode([(alone, record)])[0][0]
-        return [(record, answer) for (_, record), answer in zip(batch, answers, strict=True)]
+            results[index] = self._decode([(alone, record)])[0][0]
+        return [(record, result) for (_, record), result in zip(batch, results, strict=True)]
 
     def _embed(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Token ids `[length]` and picture features `[n, d]` -> input embeddings `[length, d]`."""
@@ -213,26 +194,29 @@ class Answerer:
         if not pictures:
             return
         pixels = torch.cat([picture.pixel_values for picture in pictures]).to(self.model.device, self.model.dtype)
-        sizes = {"image_sizes": [picture.size for picture in pictures]} if self.tiles else {}
+        sizes = {"image_sizes": [picture.size for picture in pictures]} if self.tiled else {}
         outputs = self.model.get_image_features(pixel_values=pixels, return_dict=True, **sizes)
+        for row in self._routing.take([picture.name for picture in pictures],
+                                      [len(picture.pixel_values) for picture in pictures]):
+            self._routed[row["image"]] = row
         starts = []
         for picture, features in zip(pictures, outputs.pooler_output, strict=True):
             picture.features = features
             starts.append(self._embed(next(iter(picture.ids.values())), features)[:picture.prefix])
+        if not any(len(start) for start in starts):  # the keys' shape is wanted all the same
+            starts[0] = torch.zeros(1, starts[0].shape[1], dtype=starts[0].dtype, device=starts[0].device)
         embeddings = torch.nn.utils.rnn.pad_sequence(starts, batch_first=True)
         lengths = torch.tensor([picture.prefix for picture in pictures], device=self.model.device)
         columns = torch.arange(embeddings.shape[1], device=self.model.device)
         cache = DynamicCache()
-        if embeddings.shape[1]:
-            self.model(inputs_embeds=embeddings, attention_mask=(columns < lengths[:, None]).long(),
-                       position_ids=columns.expand(len(pictures), -1), use_cache=True, logits_to_keep=1,
-                       **{CACHE: cache})
+        self.model(inputs_embeds=embeddings, attention_mask=(columns < lengths[:, None]).long(),
+                   position_ids=columns.expand(len(pictures), -1), use_cache=True, logits_to_keep=1, **{CACHE: cache})
         for index, picture in enumerate(pictures):
             picture.cache = [(layer.keys[index, :, :picture.prefix].clone(),
                               layer.values[index, :, :picture.prefix].clone()) for layer in cache.layers]
 
-    def _decode(self, batch: list[tuple[Picture, dict]]) -> tuple[list[str], list[int]]:
-        """Greedy answers of B questions, and the indices of those with a near tie on the way."""
+    def _decode(self, batch: list[tuple[Picture, dict]]) -> tuple[list[dict], list[int]]:
+        """Results of B questions, and the indices of those with a near tie on the way."""
         device, size = self.model.device, len(batch)
         suffixes = [self._embed(picture.ids[record["id"]], picture.features)[picture.prefix:]
                     for picture, record in batch]
@@ -253,10 +237,15 @@ class Answerer:
         finished = torch.zeros(size, dtype=torch.bool, device=device)
         close, ends = finished.clone(), torch.tensor(self.end_tokens, device=device)
         tokens = []
-        for _ in range(self.max_new_tokens):
+        for _ in range(self.max_new_tokens if self.yes_no is None else 1):
             logits = self.model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=True,
                                 logits_to_keep=1, **{CACHE: cache}).logits[:, -1].float()  # [B, V]
             self._check_finite(logits, finished, batch)
+            if self.yes_no is not None:
+                two = torch.stack([logits[:, tokens].amax(-1) for tokens in self.yes_no], dim=-1)  # [B, 2]
+                close = (two[:, 0] - two[:, 1]).abs() < self.near_tie
+                results = [{"answer": "Yes" if yes >= no else "No", "yes_no": [yes, no]} for yes, no in two.tolist()]
+                return results, close.nonzero().flatten().tolist()
             best = logits.topk(2, dim=-1)
             token = best.indices[:, 0]
             close |= ~finished & (best.values[:, 0] - best.values[:, 1] < self.near_tie)
@@ -270,8 +259,9 @@ class Answerer:
             next_position = next_position + 1
         rows = torch.stack(tokens, dim=1).tolist()
         kept = [[token for token in row if token >= 0 and token not in self.end_tokens] for row in rows]
-        answers = [self.processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in kept]
-        return answers, close.nonzero().flatten().tolist()
+        results = [{"answer": self.processor.tokenizer.decode(row, skip_special_tokens=True).strip(),
+                    **({} if whole else {"cut": True})} for row, whole in zip(kept, finished.tolist(), strict=True)]
+        return results, close.nonzero().flatten().tolist()
 
     def _batch_cache(self, pictures: list[Picture], length: int) -> DynamicCache:
         """The pictures' prefix keys and values, padded on the left to `length`: `[B, H, length, D]` per layer."""
@@ -290,3 +280,21 @@ class Answerer:
             picture, record = batch[bad[0]]
             raise UserError(f"question {record['id']} about {picture.path}: the model's logits are not finite; "
                             "its weights or the precision are at fault (try precision=fp32)")
+
+
+def _yes_no_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that yes and no can begin with: of the words as they are, capitalised and in capitals, with and
+    without a blank before.
+
+    Raises:
+        UserError: there are none that begin only one of them.
+    """
+    starts = []
+    for word in ("yes", "no"):
+        spellings = [blank + form for form in (word, word.capitalize(), word.upper()) for blank in ("", " ")]
+        starts.append({tokenizer(spelling, add_special_tokens=False)["input_ids"][0] for spelling in spellings})
+    yes, no = starts[0] - starts[1], starts[1] - starts[0]
+    if not yes or not no:
+        raise UserError("answering=yes_no: this model's tokenizer begins yes and no with the same tokens; "
+                        "use answering=generate")
+    return sorted(yes), sorted(no)

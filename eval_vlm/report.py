@@ -21,6 +21,10 @@ def write_summary(file: Path, scores: dict[str, Any]) -> None:
     for suite, part in scores["suites"].items():
         if suite not in ("pope", "mme"):
             lines += means_table(suite, part)
+    for suite, count in scores["cut_answers"].items():
+        if count:
+            lines += [f"- {suite}: {count} answers were cut at max_new_tokens={scores['max_new_tokens']}; a larger one "
+                      "lets the model finish", ""]
     lines += ["Question files (sha256):", ""]
     for suite, categories in scores["suites"].items():
         lines += [f"- {suite} {name}: `{figures['questions_sha256']}`" for name, figures in categories.items()

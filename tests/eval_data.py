@@ -113,7 +113,7 @@ def execute(config: Path, *overrides: str) -> None:
 
 def load_answers(run_folder: Path) -> dict[str, str]:
     rows = [json.loads(line) for file in sorted((run_folder / "predictions").glob("*.jsonl"))
-            for line in file.read_text().splitlines()]
+            if not file.name.endswith(".routing.jsonl") for line in file.read_text().splitlines()]
     answers = {f"{row['suite']}/{row['id']}": row["answer"] for row in rows}
     assert len(answers) == len(rows)  # no question twice
     return answers

@@ -18,7 +18,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from clipmoe_vlm.runs import UserError
 from eval_vlm.compare import compare_runs
 from eval_vlm.config import MmeConfig, PopeConfig
-from eval_vlm.generate import Answerer, load_vlm
+from eval_vlm.generate import Answerer
+from eval_vlm.models import load_vlm
 from eval_vlm.suites import mme, pope
 
 
@@ -44,7 +45,7 @@ def pope_records(questions: Path, suffix: str = "\nAnswer the question using a s
 
 def generate(vlm: Path, records: list[dict], folder: Path, batch_size: int, max_new_tokens: int = 12) -> dict[str, str]:
     answerer = Answerer(*load_vlm(vlm, torch.device("cpu")), batch_size, max_new_tokens)
-    return {record["id"]: answer for record, answer in answerer.answers(records, folder)}
+    return {record["id"]: result["answer"] for record, result in answerer.answers(records, folder)}
 
 
 def plain_answers(vlm: Path, records: list[dict], folder: Path, max_new_tokens: int = 12) -> dict[str, str]:
@@ -128,7 +129,8 @@ def test_near_ties_do_not_depend_on_the_batch(vlm, questions):
     def answers(batch_size: int, near_tie: float) -> list[str]:
         answerer = Answerer(model, processor, batch_size, max_new_tokens=12)
         answerer.near_tie = near_tie
-        return sorted((record["id"], answer) for record, answer in answerer.answers(records, questions / "images"))
+        return sorted((record["id"], result["answer"])
+                      for record, result in answerer.answers(records, questions / "images"))
 
     usual = Answerer(model, processor).near_tie
     assert answers(1, 0.0) != answers(16, 0.0)
@@ -200,9 +202,14 @@ def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(tmp_path, vlm, quest
     kept = file.read_bytes()
     assert 20 <= kept.count(b"\n") < 90
     file.write_bytes(kept + b'{"id": "random/1", "answ')  # as a kill in the middle of a write would leave it
+    routing = file.with_name("pope.routing.jsonl")
+    rows = routing.read_bytes().splitlines()
+    routing.write_bytes(b"\n".join(rows)[:-9])  # the last picture's row torn, too
 
     execute(killed)
-    assert file.read_bytes().startswith(kept[:kept.rfind(b"\n") + 1])
+    assert set(kept.splitlines()[:kept.count(b"\n")]) <= set(file.read_bytes().splitlines())
+    assert file.read_bytes() == (tmp_path / "whole" / "run" / "predictions" / "pope.jsonl").read_bytes()
+    assert routing.read_bytes() == (tmp_path / "whole" / "run" / "predictions" / routing.name).read_bytes()
     assert load_answers(tmp_path / "killed" / "run") == load_answers(tmp_path / "whole" / "run")
 
 
@@ -335,7 +342,7 @@ def test_broken_models_are_refused(tmp_path, vlm, questions):
     model, processor = load_vlm(vlm, torch.device("cpu"))
     with torch.no_grad():
         model.model.language_model.norm.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="random/1 .*not finite"):
+    with pytest.raises(UserError, match="random/[12] .*not finite"):
         list(Answerer(model, processor).answers(records, questions / "images"))
     long = [{**records[0], "prompt": "word " * 300}]
     with pytest.raises(UserError, match="random/1 .* has .* tokens .* 256 positions"):

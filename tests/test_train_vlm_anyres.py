@@ -22,7 +22,8 @@ from clipmoe_vlm.llava_layout import convert_vlm
 from clipmoe_vlm.pictures import open_rgb
 from clipmoe_vlm.runs import UserError, read_jsonl
 from clipmoe_vlm.vlm import tokens_per_picture
-from eval_vlm.generate import Answerer, load_vlm
+from eval_vlm.generate import Answerer
+from eval_vlm.models import load_vlm
 from train_vlm.chat import IMAGE_TOKEN, to_messages
 from train_vlm.config import VLMConfig
 from train_vlm.data import Collator, make_dataset
@@ -286,7 +287,8 @@ def test_eval_vlm_answers_as_transformers_does(trained, data):
     folder = LLAVA_TRAIN / "images"
     records = [{"id": f"{name}{prompt}", "image": f"{name}.png", "prompt": prompt}
                for name in ("scene00", "scene01", "scene05") for prompt in ("Is it red?", "What colour is the ground?")]
-    answers = {record["id"]: answer for record, answer in Answerer(model, processor, 4, 12).answers(records, folder)}
+    answers = {record["id"]: result["answer"]
+               for record, result in Answerer(model, processor, 4, 12).answers(records, folder)}
     for record in records:
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": record["prompt"]}]}]
         inputs = processor(images=open_rgb(folder / record["image"]), return_tensors="pt",

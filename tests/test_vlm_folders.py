@@ -10,7 +10,7 @@ from test_train_vlm import settings
 
 from clipmoe_vlm import CLIPMoEVisionConfig
 from clipmoe_vlm.runs import UserError
-from eval_vlm.generate import load_vlm
+from eval_vlm.models import load_vlm
 from train_vlm.model import build
 
 
