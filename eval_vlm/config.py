@@ -8,8 +8,8 @@ from omegaconf import MISSING
 
 from clipmoe_vlm.runs import UserError
 
-SUITES = ("pope", "mme", "gqa", "vqav2", "textvqa", "vizwiz", "scienceqa", "mmbench", "seedbench", "mmstar", "ocrbench",
-          "mmvet", "llava_bench")
+SUITES = ("pope", "mme", "gqa", "vqav2", "textvqa", "vizwiz", "scienceqa", "mmbench", "mmbench_cn", "seedbench",
+          "mmstar", "ocrbench", "mmvet", "llava_bench")
 YES_NO_SUITES = ("pope", "mme")  # every answer of theirs is yes or no
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ANSWERING = ("generate", "yes_no")
@@ -77,6 +77,11 @@ class MmbenchConfig(QuestionsConfig):
 
 
 @dataclass
+class MmbenchCnConfig(MmbenchConfig):
+    language: str = "cn"
+
+
+@dataclass
 class SeedbenchConfig(QuestionsConfig):
     images_only: bool = True  # false: questions about videos too, by LLaVA's middle frames
 
@@ -114,6 +119,7 @@ class EvalConfig:
     vizwiz: VizwizConfig = field(default_factory=VizwizConfig)
     scienceqa: ScienceqaConfig = field(default_factory=ScienceqaConfig)
     mmbench: MmbenchConfig = field(default_factory=MmbenchConfig)
+    mmbench_cn: MmbenchCnConfig = field(default_factory=MmbenchCnConfig)
     seedbench: SeedbenchConfig = field(default_factory=SeedbenchConfig)
     mmstar: MmstarConfig = field(default_factory=MmstarConfig)
     ocrbench: OcrbenchConfig = field(default_factory=OcrbenchConfig)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoProcessor,
     LlavaForConditionalGeneration,
@@ -52,11 +53,15 @@ def load_vlm(folder: str | Path, device: torch.device, precision: str = "auto") 
     model_class = MODELS[check_vlm_folder(folder)]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
              "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[precision]
-    model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    try:
+        model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")  # the pixels of training, to the last bit
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: model or processor cannot be loaded ({str(error).splitlines()[0]}); the folder is "
+                        "not whole, make it again") from error
     if info["missing_keys"]:
         raise UserError(f"{folder}: no weights for {sorted(info['missing_keys'])[0]} and "
                         f"{len(info['missing_keys']) - 1} more; the folder is not whole, make it again")
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")  # the pixels of training, to the last bit
     if not processor.chat_template:
         raise UserError(f"{folder}: the processor has no chat template, so the prompt is unknown; add "
                         "chat_template.jinja")

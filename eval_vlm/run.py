@@ -110,7 +110,9 @@ def prepare(config: EvalConfig, questions: dict[str, list[dict]]) -> Path:
         owners[suite] = {"model_sha256": model_hash, "questions_sha256": hash_questions(records),
                          "max_new_tokens": config.max_new_tokens, "precision": config.precision,
                          "answering": config.answering}
-        check_owner(predictions_file(config.output_dir, suite), owners[suite])
+        file = predictions_file(config.output_dir, suite)
+        check_owner(file, owners[suite])
+        read_predictions(file, records)  # refuses broken ones before anything is written
     prepare_output(config, MAY_CHANGE)
     for suite, records in questions.items():
         write_owner(predictions_file(config.output_dir, suite), owners[suite])

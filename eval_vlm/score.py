@@ -111,7 +111,7 @@ def match(predictions: list[dict], records: list[dict], suite: str, file: Path, 
             found = [by_id[name]] if name in by_id else []
         else:
             name = next((row[key] for key in ID_KEYS if key in row), None)
-            if suite == "mmbench" and row.get("round_id"):
+            if suite in ("mmbench", "mmbench_cn") and row.get("round_id"):
                 name = int(name) + ROTATION * row["round_id"]
             found = by_name.get(str(name), [])
             if numbered and len(found) > 1:

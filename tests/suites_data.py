@@ -158,6 +158,10 @@ def mmbench(folder: Path) -> dict[str, dict]:
             "dataset": {"questions": folder / "data"}}
 
 
+def mmbench_cn(folder: Path) -> dict[str, dict]:
+    return mmbench(folder)
+
+
 def seedbench(folder: Path) -> dict[str, dict]:
     rows = [{"question_id": str(100 + number), "data_type": "image", "question_type_id": 1 + number,
              "question": f"What is thing {number}?", "choice_a": "kite", "choice_b": "drum", "choice_c": "oar",
@@ -211,5 +215,5 @@ def llava_bench(folder: Path) -> dict[str, dict]:
             "dataset": {"questions": folder / "data"}}
 
 
-MAKERS = {one.__name__: one for one in (pope, mme, gqa, vqav2, textvqa, vizwiz, scienceqa, mmbench, seedbench, mmstar,
-                                        ocrbench, mmvet, llava_bench)}
+MAKERS = {one.__name__: one for one in (pope, mme, gqa, vqav2, textvqa, vizwiz, scienceqa, mmbench, mmbench_cn,
+                                        seedbench, mmstar, ocrbench, mmvet, llava_bench)}

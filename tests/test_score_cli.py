@@ -17,8 +17,8 @@ from eval_vlm.suites.questions import hash_files
 
 SHORT = "\nAnswer the question using a single word or phrase."
 RIGHT = {"pope": "yes", "mme": "Yes", "gqa": "kite", "vqav2": "kite", "textvqa": "kite", "vizwiz": "kite",
-         "scienceqa": "B", "mmbench": "B", "seedbench": "C", "mmstar": "B", "ocrbench": "centre", "mmvet": "x",
-         "llava_bench": "x"}  # to each suite's first question
+         "scienceqa": "B", "mmbench": "B", "mmbench_cn": "B", "seedbench": "C", "mmstar": "B", "ocrbench": "centre",
+         "mmvet": "x", "llava_bench": "x"}  # to each suite's first question
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def records_of(suite: str, files: dict, tmp_path: Path) -> list[dict]:
     grade = {"tuple": [8, 9]} if suite == "llava_bench" else {"score": [1.0]} if suite == "mmvet" else {}
     ours = tmp_path / "any.jsonl"
     first = {"pope": "random/1", "mme": "count/0/1", "gqa": "01", "vqav2": "9000", "textvqa": "34602", "vizwiz": "0",
-             "scienceqa": "5", "mmbench": "0", "seedbench": "100", "mmstar": "0", "ocrbench": "0", "mmvet": "v1_0",
-             "llava_bench": "0"}[suite]
+             "scienceqa": "5", "mmbench": "0", "mmbench_cn": "0", "seedbench": "100", "mmstar": "0", "ocrbench": "0",
+             "mmvet": "v1_0", "llava_bench": "0"}[suite]
     ours.write_text(json.dumps({"suite": suite, "id": first, "answer": RIGHT[suite], **grade}) + "\n")
     return score_file(suite, str(ours), questions, options=options)[1]
 
