@@ -1,4 +1,4 @@
-"""Answers beyond the main path: yes/no by logits, cut answers, other families, routing rows, what is not asked twice."""
+"""Answers beyond the main path: yes or no by logits, cut answers, other families, routing rows, killed processes."""
 
 import json
 import os
