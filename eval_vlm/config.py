@@ -10,6 +10,7 @@ from clipmoe_vlm.runs import UserError
 
 SUITES = ("pope", "mme", "gqa", "vqav2", "textvqa", "vizwiz", "scienceqa", "mmbench", "mmbench_cn", "seedbench",
           "mmstar", "ocrbench", "mmvet", "llava_bench")
+SOURCE = dict.fromkeys(SUITES, "questions") | {"pope": "questions_dir", "mme": "folder"}  # the key of the question file
 YES_NO_SUITES = ("pope", "mme")  # every answer of theirs is yes or no
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ANSWERING = ("generate", "yes_no")
@@ -159,8 +160,7 @@ def check(config: EvalConfig) -> None:
             raise UserError(f"{key}: {getattr(config, key)} is less than 1; give a positive number")
     if config.limit is not None and config.limit < 1:
         raise UserError(f"limit: {config.limit} is less than 1; give a positive number, or null for all questions")
-    needed = {"pope": ("questions_dir", "image_folder"), "mme": ("folder",)}
     for suite in config.suites:
-        for key in needed.get(suite, ("questions", "image_folder")):
+        for key in (SOURCE[suite],) if suite == "mme" else (SOURCE[suite], "image_folder"):
             if not getattr(getattr(config, suite), key):
                 raise UserError(f"{suite}.{key} is empty; name the folder, or leave {suite} out of suites")

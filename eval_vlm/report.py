@@ -29,6 +29,9 @@ def write_summary(file: Path, scores: dict[str, Any]) -> None:
     for suite, categories in scores["suites"].items():
         lines += [f"- {suite} {name}: `{figures['questions_sha256']}`" for name, figures in categories.items()
                   if isinstance(figures, dict) and figures.get("questions_sha256")]
+    if scores["submissions"]:
+        lines += ["", "For the benchmarks' servers and judges:", ""]
+        lines += [f"- {suite}: {place}" for suite, place in scores["submissions"].items()]
     with atomic_write(file) as stream:
         stream.write("\n".join(lines) + "\n")
 

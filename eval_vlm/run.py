@@ -40,6 +40,7 @@ from eval_vlm.predictions import (
 )
 from eval_vlm.report import write_summary
 from eval_vlm.suites import check_rule, module, picture_folder, report, rules_of
+from eval_vlm.suites.questions import is_dataset
 
 # What may differ when a run is typed again: none of these changes an answer, or the predictions' own check sees it.
 MAY_CHANGE = ("batch_size", "rule", "seed", "suites",
@@ -85,6 +86,12 @@ def load_questions(config: EvalConfig) -> dict[str, tuple[list[dict], dict[str, 
     config_module.check(config)
     for suite in config.suites:
         check_rule(config.rule, rules_of(suite))
+    sources = {suite: getattr(getattr(config, suite), config_module.SOURCE[suite]) for suite in config.suites}
+    absent = [suite for suite, source in sources.items() if not Path(source).exists() and not is_dataset(source)]
+    if absent:
+        rest = ",".join(suite for suite in config.suites if suite not in absent)
+        raise UserError(f"no question files of {', '.join(f'{suite} ({sources[suite]})' for suite in absent)}; put "
+                        f"them there, or name others: suites=[{rest}]")
     questions = {}
     for suite in config.suites:
         records, hashes = module(suite).load(getattr(config, suite), config.limit)
@@ -166,11 +173,11 @@ def append(stream: TextIO, row: dict) -> None:
 
 
 def score_all(config: EvalConfig, questions: dict[str, tuple[list[dict], dict[str, str]]]) -> dict:
-    """Reads the predictions, writes scores.json and summary.md."""
+    """Reads the predictions, writes scores.json, summary.md and the files for the benchmarks' servers and judges."""
     scores: dict = {"model": config.model, "rule": config.rule, "batch_size": config.batch_size,
                     "max_new_tokens": config.max_new_tokens, "answering": config.answering,
                     "prompt_suffix": config.prompt_suffix,
-                    "limit": config.limit, "cut_answers": {}, "suites": {}}
+                    "limit": config.limit, "cut_answers": {}, "submissions": {}, "suites": {}}
     for suite, (records, hashes) in questions.items():
         file = predictions_file(config.output_dir, suite)
         predictions = merge(config.output_dir, suite, records)
@@ -181,10 +188,22 @@ def score_all(config: EvalConfig, questions: dict[str, tuple[list[dict], dict[st
         rows = [predictions[record["id"]] for record in records]
         scores["cut_answers"][suite] = sum(row.get("cut", False) for row in rows)
         scores["suites"][suite] = report(suite, rows, config.rule, hashes, config.seed)
+        if hasattr(module(suite), "write_submission"):
+            scores["submissions"][suite] = submit(suite, rows, Path(config.output_dir))
     output = Path(config.output_dir)
     write_json(output / "scores.json", scores)
     write_summary(output / "summary.md", scores)
     return scores
+
+
+def submit(suite: str, rows: list[dict], output: Path) -> str:
+    """Writes what the suite's server or judge reads and returns its place, or why there is none."""
+    name = f"submissions/{suite}{getattr(module(suite), 'SUBMISSION', '.json')}"
+    try:
+        module(suite).write_submission(rows, output / name)
+    except UserError as error:  # a package that one file needs is no reason to lose the scores
+        return str(error)
+    return name
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from clipmoe_vlm.runs import UserError, fail, read_jsonl, write_json
-from eval_vlm.config import SUITES, EvalConfig
+from eval_vlm.config import SOURCE, SUITES, EvalConfig
 from eval_vlm.report import with_interval
 from eval_vlm.suites import check_rule, intervals, module, rules_of
 from eval_vlm.suites.mmbench import ROTATION
@@ -22,7 +22,6 @@ from eval_vlm.suites.questions import hash_files, read_json
 
 USAGE = ("python -m eval_vlm.score SUITE PREDICTIONS --questions FILE [--rule official] [--output scores.json] "
          "[--submission FILE] [key=value ...]")
-SOURCE_KEY = {"pope": "questions_dir", "mme": "folder"}  # the others' is `questions`
 ID_KEYS = ("question_id", "questionId", "index", "id", "image")
 ANSWER_KEYS = ("answer", "text", "prediction")
 
@@ -54,7 +53,7 @@ def apply_options(default: Any, options: list[str], name: str) -> Any:
 def suite_config(suite: str, questions: str, options: list[str]) -> Any:
     """The suite's dataclass with its defaults, the question file and `key=value` options."""
     config = apply_options(getattr(EvalConfig(model="", output_dir=""), suite), options, suite)
-    setattr(config, SOURCE_KEY.get(suite, "questions"), questions)
+    setattr(config, SOURCE[suite], questions)
     return config
 
 

@@ -16,7 +16,8 @@ from eval_data import command, config_file, environment, execute, make_questions
 from suites_data import MAKERS, save
 
 from clipmoe_vlm.runs import UserError
-from eval_vlm.score import SOURCE_KEY, score_file, suite_config
+from eval_vlm.config import SOURCE
+from eval_vlm.score import score_file, suite_config
 from eval_vlm.suites import module
 
 
@@ -250,7 +251,7 @@ def changed(content, at, value):
 def test_whatever_stands_in_a_question_file_there_is_a_sentence_or_a_score(suite, tmp_path):
     """Each field in turn holds something else, or nothing: a refusal in words, never a traceback."""
     values = {key: str(value) for key, value in MAKERS[suite](tmp_path)["official"].items()}
-    source = SOURCE_KEY.get(suite, "questions")
+    source = SOURCE[suite]
     options = [f"{key}={value}" for key, value in values.items() if key != source]
 
     def score() -> None:

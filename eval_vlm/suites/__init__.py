@@ -12,7 +12,8 @@ A suite module (`module(name)`; its name is the suite's) has
   MME: points, all others: percent);
 - in the place of the functions below, POPE's and MME's `report(records, rule, hashes, seed)`, and MME's
   `compare(a, b, rule)` and `picture_folder(config)`;
-- where the benchmark has a server or a judge: `write_submission(records, file)`.
+- where the benchmark has a server or a judge: `write_submission(records, file)`, and `SUBMISSION`, how the file's name
+  ends, where it is not `.json`.
 
 Rules: `official` (the benchmark's own script), `lmms_eval`, `vlmevalkit`.
 """

@@ -25,6 +25,7 @@ from eval_vlm.suites.questions import check_records, first_pictures, is_dataset,
 
 RULES = ("official",)
 CATEGORIES = ("conv", "detail", "complex")
+SUBMISSION = ".jsonl"
 
 
 def load(config: LlavaBenchConfig, limit: int | None = None) -> tuple[list[dict], dict[str, str]]:

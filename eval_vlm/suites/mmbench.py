@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from clipmoe_vlm.runs import UserError
+from clipmoe_vlm.runs import UserError, atomic_write
 from eval_vlm.config import MmbenchConfig
 from eval_vlm.suites import (
     NO_LABELS,
@@ -29,6 +29,7 @@ from eval_vlm.suites.choices import lmms_eval_letter, vlmevalkit_letter
 from eval_vlm.suites.questions import check_records, first_pictures, option_letter, read_rows, with_options
 from eval_vlm.suites.vqa import MISSING_WORDS
 
+SUBMISSION = ".xlsx"
 ROTATION = 1_000_000  # a row's index is its group's + r * this; choices and label are then r places to the left
 SUFFIXES = {"en": OPTION_LETTER, "cn": "\n请直接回答选项字母。"}
 
@@ -177,4 +178,5 @@ def write_submission(records: list[dict], file: str | Path) -> None:
         cells = [row["question"], *(row["choices"].get(letter) for letter in "ABCD"), row["answer"], row["label"],
                  row.get("split")]
         sheet.append([row["question_id"], *(ILLEGAL_CHARACTERS_RE.sub(" ", cell) if cell else None for cell in cells)])
-    book.save(file)
+    with atomic_write(file, "wb") as stream:
+        book.save(stream)

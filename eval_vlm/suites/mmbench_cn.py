@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from eval_vlm.config import MmbenchCnConfig
 from eval_vlm.suites import mmbench
-from eval_vlm.suites.mmbench import parse, points, prompt, score, write_submission
+from eval_vlm.suites.mmbench import SUBMISSION, parse, points, prompt, score, write_submission
 
-__all__ = ["load", "parse", "points", "prompt", "score", "write_submission"]
+__all__ = ["SUBMISSION", "load", "parse", "points", "prompt", "score", "write_submission"]
 
 
 def load(config: MmbenchCnConfig, limit: int | None = None) -> tuple[list[dict], dict[str, str]]:

@@ -42,6 +42,7 @@ KINDS = dict(enumerate(("Scene Understanding", "Instance Identity", "Instance At
                         "Text Understanding", "Action Recognition", "Action Prediction", "Procedure Understanding"), 1))
 FIELDS = ("question_id", "data_type", "question_type_id", "question", "choice_a", "choice_b", "choice_c", "choice_d",
           "answer")
+SUBMISSION = ".jsonl"
 
 
 def load(config: SeedbenchConfig, limit: int | None = None) -> tuple[list[dict], dict[str, str]]:
