@@ -108,6 +108,7 @@ def match(predictions: list[dict], records: list[dict], suite: str, file: Path, 
                 raise UserError(f"{where} is a prediction for {row['suite']}, not for {suite}; name that suite")
             name = str(row.get("id"))
             found = [by_id[name]] if name in by_id else []
+            found = [one for one in found if row.get("question", one["question"]) == one["question"]]
         else:
             name = next((row[key] for key in ID_KEYS if key in row), None)
             if suite in ("mmbench", "mmbench_cn") and row.get("round_id"):

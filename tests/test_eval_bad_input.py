@@ -146,6 +146,8 @@ def test_folders_that_are_no_vlm(world, refused, tmp_path):
 GOOD = [{"question_id": 100, "text": "C"}, {"question_id": 101, "text": "C"}]
 SEED = {
     "of another question": ([*GOOD, {"question_id": 7, "text": "A"}], "row 3 answers question 7, which is not in"),
+    "of a question that has changed": (
+        [{"suite": "seedbench", "id": "100", "question": "What was it?", "answer": "C"}], "question 100, which is not"),
     "of another suite": ([{"suite": "pope", "id": "100", "answer": "C"}], "row 1 is a prediction for pope, not for se"),
     "an answer that is no text": ([{"question_id": 100, "text": 3}], "row 1: the answer must be text, found 3"),
     "no answer": ([{"question_id": 100}], "row 1: no answer"),
