@@ -70,6 +70,9 @@ def test_one_command_fills_the_row(world, monkeypatch):
         sha256 = [one["questions_sha256"] for one in figures if "questions_sha256" in one]
         assert sha256 and all(re.fullmatch("[0-9a-f]{64}", one) for one in sha256), suite
         assert sum(one.get("n", 0) for one in figures) > 0, suite
+    summary = Path("run/summary.md").read_text()
+    assert "Rule `official`, batch size 16" in summary
+    assert all(sha256 in summary for sha256 in re.findall(r'"questions_sha256": "(\w+)"', json.dumps(scores)))
     assert scores["batch_size"] == 16 and scores["rule"] == "official"
     assert "test split" in scores["suites"]["vqav2"]["questions"]["warn"]
     assert "run eval_vlm.judge" in scores["suites"]["mmvet"]["questions"]["warn"]

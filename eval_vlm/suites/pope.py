@@ -77,7 +77,7 @@ def load(config: PopeConfig, limit: int | None = None) -> tuple[list[dict], dict
 def _file(folder: Path, source: str, category: str) -> Path:
     """Where a set's file lies in the release's layouts; the first of them if it lies nowhere."""
     names = [f"{source}_pope_{category}.json", f"{source}_pope_seem_{category}.json"]
-    places = [place / name for place in (folder, folder / source) for name in names]
+    places = [place / name for place in (folder, folder / source, folder / "seem" / source) for name in names]
     return next((place for place in places if place.is_file()), places[0])
 
 
