@@ -76,7 +76,9 @@ def check_same(output: Path, made_by: dict) -> None:
     try:
         theirs = json.loads((output / "build.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{output} is there already and is no build of this program; name another folder") from None
+        theirs = None
+    if not isinstance(theirs, dict) or "annotations_sha256" not in theirs:
+        raise UserError(f"{output} is there already and is no build of this program; name another folder")
     changed = [key for key, value in made_by.items() if theirs.get(key) != value]
     if changed:
         raise UserError(f"{output} holds a build with other {', '.join(changed)}; name another folder, or remove it")

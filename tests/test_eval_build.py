@@ -323,10 +323,12 @@ def test_another_build_and_other_files_are_never_overwritten(coco, tmp_path):
     run("pope", coco, tmp_path / "pope", pictures=10)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "build.json").write_text("[]")
     before = tree(tmp_path)
     with pytest.raises(UserError, match="holds a build with other pictures, seed; name another folder"):
         run("pope", coco, tmp_path / "pope", pictures=11, seed=1)
-    for folder in ("mine", "mine/notes.txt"):
+    for folder in ("mine", "mine/notes.txt", "other"):
         with pytest.raises(UserError, match="is no build of this program"):
             run("mme", coco, tmp_path / folder, pictures=5)
     assert run("pope", coco, tmp_path / "pope", pictures=10)["pictures"] == 10  # the same one: nothing to do
