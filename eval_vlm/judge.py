@@ -194,9 +194,9 @@ def _graded(file: Path, answers: dict[str, str], model: str) -> dict[str, dict]:
     if not file.exists():
         return {}
     done: dict[str, dict] = {}
-    *lines, last = file.read_bytes().split(b"\n")
-    if not START.startswith(last[:len(START)]):  # no line of ours that a kill cut short
-        lines.append(last)
+    lines = file.read_bytes().split(b"\n")
+    if START.startswith(lines[-1][:len(START)]) and not lines[-1].endswith(b"}"):
+        lines.pop()  # nothing, or a line of ours that a kill cut short
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

@@ -76,6 +76,13 @@ def test_mmvets_grades_are_what_the_score_program_reads(mmvet, server, tmp_path,
     assert {(one["model"], one["temperature"]) for one in server.requests} == {("some/judge", 0)}
 
 
+def test_a_run_is_named_by_its_folder(mmvet, server, tmp_path):
+    write(tmp_path / "run" / "predictions" / "mmvet.jsonl", [
+        {"suite": "mmvet", "id": f"v1_{i}", "question": f"What is {i}?", "answer": f"answer {i}"} for i in range(6)])
+    run(server, "mmvet", mmvet[0], tmp_path / "run")
+    assert len(rows(tmp_path / "run" / "judge" / "mmvet.some_judge.jsonl")) == 6
+
+
 def test_mmvets_prompt_is_the_published_one(mmvet, server):
     run(server, "mmvet", *mmvet, "--workers", 1)
     (message,) = server.requests[0]["messages"]
@@ -169,7 +176,13 @@ def test_a_stopped_judge_goes_on_where_it_was(mmvet, server, tmp_path):
         run(server, "mmvet", questions, answers, "--workers", 1)
     grades = tmp_path / "answers.mmvet.some_judge.jsonl"
     assert len(rows(grades)) == 3 and not grades.with_suffix(".scores.json").exists()
-    grades.write_bytes(grades.read_bytes()[:-9])
+    whole = grades.read_bytes()
+    grades.write_bytes(whole[:-1])  # whole but for its line break
+    server.moods[:] = ["401"] * 3
+    with pytest.raises(UserError, match="; 3 of 6 questions are graded"):
+        run(server, "mmvet", questions, answers, "--workers", 1)
+    assert grades.read_bytes() == whole
+    grades.write_bytes(whole[:-9])
     server.requests.clear()
     server.moods.clear()
     run(server, "mmvet", questions, answers)
