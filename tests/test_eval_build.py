@@ -4,14 +4,12 @@ import hashlib
 import json
 import random
 import re
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from itertools import combinations
 
 import numpy as np
 import pytest
-from eval_data import REFERENCE, environment
+from eval_data import REFERENCE
 from PIL import Image
 from test_demo_data import truth
 
@@ -333,12 +331,6 @@ def test_another_build_and_other_files_are_never_overwritten(coco, tmp_path):
             run("mme", coco, tmp_path / folder, pictures=5)
     assert run("pope", coco, tmp_path / "pope", pictures=10)["pictures"] == 10  # the same one: nothing to do
     assert tree(tmp_path) == before
-
-
-def test_the_command_line_ends_with_one_sentence(coco, tmp_path):
-    result = subprocess.run([sys.executable, "-m", "eval_vlm.build", "pope", str(coco[0] / "none.json"),
-                             str(tmp_path / "out")], capture_output=True, text=True, env=environment())
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "none.json: no such file" in result.stderr
 
 
 def test_every_pair_of_places_has_its_side():
