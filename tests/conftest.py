@@ -1,6 +1,7 @@
 """Small models and reference files that several tests use."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -75,3 +76,20 @@ def one_process():
         deepspeed.comm.destroy_process_group()  # torch's own leaves DeepSpeed with groups that are no more
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, driven by playwright."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        missing = "there is no chromium on the PATH"
+        (pytest.fail if os.environ.get("CLIPMOE_NEEDS_CHROMIUM") == "1" else pytest.skip)(missing)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=[
+            "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync", "--no-first-run"])
+        yield browser
+        browser.close()
