@@ -164,6 +164,8 @@ def vlm_rows(run: Path) -> list[dict]:
     rows = []
     for suite, unit, key, bound in (("pope", 100, "accuracy", "accuracy_interval"), ("mme", 1, "score", "interval")):
         for name, one in compared[suite].items():
+            if name != "total" and not isinstance(scores["base"][suite].get(name), dict):
+                continue  # F1, means and sums have no row of their own here
             cells = {}
             total = suite == "mme" and name == "total"
             for tower in TOWERS:

@@ -133,7 +133,6 @@ class EvalConfig:
     answering: str = "generate"  # generate | yes_no: the larger of the logits of yes and no; only for yes/no suites
     precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto: fp32 on a CPU, bf16 on a GPU
     limit: int | None = None  # questions per set or subtask, rounded up to whole pictures; null: all
-    seed: int = 0  # of the bootstrap intervals; decoding is greedy
 
 
 def check(config: EvalConfig) -> None:

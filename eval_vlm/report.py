@@ -61,9 +61,9 @@ def pope_table(sets: dict[str, Any], rule: str) -> list[str]:
              "|---|---|---|---|---|---|---|---|---|"]
     for name, one in sets.items():
         if name == "mean":
-            keys = ("accuracy", f1, "precision", "recall", "yes_ratio")
-            figures = " | ".join(f"{unit * one[key]:.1f}" for key in keys)
-            lines.append(f"| mean of the sets | | | {figures} | |")
+            rest = " | ".join(f"{unit * one[key]:.1f}" for key in ("precision", "recall", "yes_ratio"))
+            lines.append(f"| mean of the sets | | | {with_interval(one['accuracy'], one['accuracy_interval'], unit)} "
+                         f"| {with_interval(one[f1], one['f1_interval'], unit)} | {rest} | |")
             continue
         yes_ratio = f"{unit * one['yes_ratio']:.1f}" if "yes_ratio" in one else "-"
         lines.append(
@@ -93,7 +93,8 @@ def mme_table(tasks: dict[str, Any]) -> list[str]:
     for name, members in (("perception", PERCEPTION), ("cognition", COGNITION)):
         absent = ", ".join(task for task in members if task not in scored)
         lines.append(f"- {name}: " + (f"no sum, without {absent}" if absent else
-                                      f"{tasks[name]:.1f} of {200 * len(members)}"))
+                                      f"{with_interval(tasks[name], tasks[f'{name}_interval'])} of "
+                                      f"{200 * len(members)}"))
     return lines + [""] + warnings(scored)
 
 

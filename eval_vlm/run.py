@@ -20,7 +20,6 @@ from clipmoe_vlm.runs import (
     prepare_output,
     progress,
     run_program,
-    set_seed,
     write_json,
 )
 from eval_vlm import config as config_module
@@ -43,7 +42,7 @@ from eval_vlm.suites import check_rule, module, picture_folder, report, rules_of
 from eval_vlm.suites.questions import is_dataset
 
 # What may differ when a run is typed again: none of these changes an answer, or the predictions' own check sees it.
-MAY_CHANGE = ("batch_size", "rule", "seed", "suites",
+MAY_CHANGE = ("batch_size", "rule", "suites",
               *(f"{suite}.{key.name}" for suite in config_module.SUITES
                 for key in dataclasses.fields(getattr(EvalConfig(model="", output_dir=""), suite))))
 
@@ -57,7 +56,6 @@ def evaluate(config: EvalConfig) -> dict:
     """Answers and scores; returns the content of scores.json (on other processes than the main one {})."""
     questions = load_questions(config)
     place = init_distributed()
-    set_seed(config.seed)
     folder = place.main_first(
         lambda: prepare(config, {suite: records for suite, (records, _, _) in questions.items()}))
 
@@ -187,7 +185,7 @@ def score_all(config: EvalConfig, questions: dict[str, tuple[list[dict], dict[st
                             "run the same command again")
         rows = [predictions[record["id"]] for record in records]
         scores["cut_answers"][suite] = sum(row.get("cut", False) for row in rows)
-        scores["suites"][suite] = report(suite, rows, config.rule, hashes, config.seed)
+        scores["suites"][suite] = report(suite, rows, config.rule, hashes)
         if hasattr(module(suite), "write_submission"):
             scores["submissions"][suite] = submit(suite, rows, Path(config.output_dir))
     output = Path(config.output_dir)

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 from clipmoe_vlm.runs import UserError, fail, read_jsonl, write_json
 from eval_vlm.config import SOURCE, SUITES, EvalConfig
 from eval_vlm.report import with_interval
-from eval_vlm.suites import check_rule, intervals, module, rules_of
+from eval_vlm.stats import scored
+from eval_vlm.suites import check_rule, estimates, module, rules_of
 from eval_vlm.suites.mmbench import ROTATION
 from eval_vlm.suites.questions import hash_files, read_json
 
@@ -164,7 +165,8 @@ def score_file(suite: str, predictions: str, questions: str, rule: str = "offici
     return {"suite": suite, "rule": rule, "predictions": predictions, "predictions_sha256": hash_files(predictions),
             "questions": questions, "questions_sha256": hashes, "n": len(records),
             "answered": len({row["id"] for row in rows if row["answer"] is not None}),
-            "scores": intervals(module(suite).points(scorable, rule)), "figures": figures}, rows
+            "scores": {name: scored(one) for name, one in estimates(suite, scorable, rule).items()},
+            "figures": figures}, rows
 
 
 def show(scores: dict[str, Any]) -> None:

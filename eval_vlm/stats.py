@@ -1,4 +1,4 @@
-"""Intervals as they stand in the JSON files, and sums of independent ones."""
+"""Figures with their intervals as they stand in the JSON files, differences of two runs, and many p-values at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from clipmoe_vlm.intervals import Interval
+from clipmoe_vlm.intervals import Estimate, Interval, paired
 
 
 def bounds(interval: Interval) -> list[float] | None:
@@ -14,26 +14,39 @@ def bounds(interval: Interval) -> list[float] | None:
     return None if math.isnan(interval.low) else [interval.low, interval.high]
 
 
-def difference(a: Sequence[float], b: Sequence[float], interval: Interval) -> dict[str, Any]:
-    """One line of compare.json: both means, and `b - a` with its interval and p-value."""
-    p_value = None if interval.p_value is None or math.isnan(interval.p_value) else interval.p_value
-    return {"a": sum(a) / len(a), "b": sum(b) / len(b), "difference": interval.mean, "interval": bounds(interval),
-            "p_value": p_value, "n": interval.n, "pictures": interval.clusters}
+def finite(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
 
 
-def sum_interval(intervals: Sequence[Interval]) -> Interval:
-    """The sum of independent means (MME's total over its subtasks, whose pictures differ), two-sided p-value included.
+def with_spread(estimate: Estimate, name: str = "") -> dict[str, Any]:
+    """`<name>_interval` and `<name>_standard_error` (without a name: as they are), for scores.json."""
+    interval = estimate.interval()
+    start = f"{name}_" if name else ""
+    return {f"{start}interval": bounds(interval), f"{start}standard_error": finite(interval.standard_error)}
 
-    Variances add; the quantile is Student's t with the degrees of freedom of all parts together.
-    """
-    from scipy import stats
 
-    mean = sum(one.mean for one in intervals)
-    error = math.sqrt(sum(one.standard_error**2 for one in intervals))
-    n, clusters = sum(one.n for one in intervals), sum(one.clusters for one in intervals)
-    if math.isnan(error):
-        return Interval(mean, error, error, error, n, clusters, error)
-    freedom = clusters - len(intervals)
-    half = float(stats.t.ppf(0.975, freedom)) * error
-    p_value = float(2 * stats.t.sf(abs(mean) / error, freedom)) if error else float(mean == 0)
-    return Interval(mean, mean - half, mean + half, error, n, clusters, p_value)
+def scored(estimate: Estimate) -> dict[str, Any]:
+    """A figure on its own, for scores.json."""
+    return {"score": estimate.value, **with_spread(estimate), "n": estimate.n, "pictures": len(estimate.errors)}
+
+
+def difference(a: Estimate, b: Estimate) -> dict[str, Any]:
+    """One line of compare.json: both figures, and `b - a` on the same questions with its interval and p-value."""
+    return as_line(a.value, b.value, paired(b, a).interval())
+
+
+def as_line(a: float, b: float, interval: Interval) -> dict[str, Any]:
+    return {"a": a, "b": b, "difference": interval.mean, "interval": bounds(interval),
+            "standard_error": finite(interval.standard_error), "p_value": finite(interval.p_value), "n": interval.n,
+            "pictures": interval.clusters}
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's adjusted p-values (1979): all below 0.05 hold together but for a chance of 5%; None stays None."""
+    order = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, index) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        adjusted[index] = largest
+    return adjusted

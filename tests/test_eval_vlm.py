@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -234,7 +235,10 @@ def test_compare_gives_the_paired_difference(tmp_path, vlm, questions):
     assert result["pope"]["random"]["difference"] == pytest.approx(14 / 30)
     assert result["pope"]["popular"]["interval"] == [0.5, 0.5] and result["pope"]["popular"]["p_value"] == 0
     assert result["mme"]["existence"]["difference"] == 150 and result["mme"]["total"]["difference"] == 300
-    assert result["mme"]["total"]["a"] == 100 and "| mme | total |" in done.stdout
+    assert result["mme"]["total"]["a"] == 100
+    assert re.search(r"mme +│ total +│ +6 │ +100.0 │ +400.0 ", done.stdout), done.stdout
+    flips = json.loads((outputs[1] / "compare.json").read_text())["flips"]["pope"]
+    assert len(flips["better"]) == 44 and flips["worse"] == []
     row = outputs[0] / "predictions" / "pope.jsonl"
     row.write_text("\n".join(row.read_text().splitlines()[1:]) + "\n")
     with pytest.raises(UserError, match="different questions .*random/1"):

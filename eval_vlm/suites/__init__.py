@@ -10,8 +10,8 @@ A suite module (`module(name)`; its name is the suite's) has
 - `score(records, rule)`: the figures, under the names that the rule's own script uses, and `warn`;
 - `points(records, rule) -> {category: Points}`: the values whose mean is the category's headline figure (POPE: of 1,
   MME: points, all others: percent);
-- in the place of the functions below, POPE's and MME's `report(records, rule, hashes, seed)`, and MME's
-  `compare(a, b, rule)` and `picture_folder(config)`;
+- in the place of the functions below, POPE's and MME's `report(records, rule, hashes)` and `estimates(records, rule)`,
+  and MME's `picture_folder(config)`;
 - where the benchmark has a server or a judge: `write_submission(records, file)`, and `SUBMISSION`, how the file's name
   ends, where it is not `.json`.
 
@@ -28,10 +28,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from clipmoe_vlm.intervals import cluster_interval, paired_interval
+from clipmoe_vlm.intervals import Estimate, mean_of
 from clipmoe_vlm.runs import UserError
 from eval_vlm.config import SUITES
-from eval_vlm.stats import bounds, difference
+from eval_vlm.stats import difference, scored
 from eval_vlm.suites.vqa import FULL_STOP_VLMEVALKIT, strip_punctuation
 
 RULES = ("official", "lmms_eval", "vlmevalkit")
@@ -130,40 +130,31 @@ def to_points(rows: list[dict], values: list[float]) -> Points:
     return Points(names, values, [row.get("image") or name for row, name in zip(rows, names, strict=True)])
 
 
-def intervals(points: dict[str, Points]) -> dict[str, Any]:
-    """Each category's mean with its interval clustered by picture."""
-    result = {}
-    for name, one in points.items():
-        interval = cluster_interval(one.values, one.pictures)
-        result[name] = {"score": interval.mean, "interval": bounds(interval), "n": interval.n,
-                        "pictures": interval.clusters}
-    return result
+def estimates(suite: str, records: list[dict], rule: str) -> dict[str, Estimate]:
+    """Each category's headline figure with what its error is made of, clustered by picture."""
+    if hasattr(module(suite), "estimates"):
+        return module(suite).estimates(records, rule)
+    return {name: mean_of(one.values, one.pictures, 100.0)
+            for name, one in module(suite).points(records, rule).items()}
 
 
-def report(suite: str, records: list[dict], rule: str, hashes: dict[str, str], seed: int = 0) -> dict[str, Any]:
+def report(suite: str, records: list[dict], rule: str, hashes: dict[str, str]) -> dict[str, Any]:
     """A suite's part of scores.json: `figures` as its scorer gives them, and the means of its points with intervals."""
     if hasattr(module(suite), "report"):
-        return module(suite).report(records, rule, hashes, seed)
+        return module(suite).report(records, rule, hashes)
     figures = module(suite).score(records, rule)
     questions = {"n": len(records), "empty_answers": sum(record["answer"] == "" for record in records),
                  "questions_sha256": hashes["questions"]}
     if figures.get("warn"):
         questions["warn"] = figures["warn"]
-    return {"questions": questions, "scores": intervals(module(suite).points(records, rule)),
-            "figures": figures}
+    scores = {name: scored(one) for name, one in estimates(suite, records, rule).items()}
+    return {"questions": questions, "scores": scores, "figures": figures}
 
 
 def compare(suite: str, run_a: list[dict], run_b: list[dict], rule: str) -> dict[str, Any]:
-    """The mean of run b minus that of run a, on the same questions."""
-    if hasattr(module(suite), "compare"):
-        return module(suite).compare(run_a, run_b, rule)
-    a, b = (module(suite).points(run, rule) for run in (run_a, run_b))
-    result = {}
-    for name, ours in a.items():
-        theirs = dict(zip(b[name].ids, b[name].values, strict=True))
-        values = [theirs[question] for question in ours.ids]
-        result[name] = difference(ours.values, values, paired_interval(values, ours.values, ours.pictures))
-    return result
+    """Run b's figures minus those of run a, on the same questions; only those that both have."""
+    a, b = (estimates(suite, run, rule) for run in (run_a, run_b))
+    return {name: difference(a[name], b[name]) for name in a if name in b}
 
 
 def vlmevalkit_yes_no(answer: str) -> str:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipmoe_vlm.intervals import cluster_interval, paired_interval
+from clipmoe_vlm.intervals import Estimate, combined, mean_of
 from clipmoe_vlm.runs import UserError
 from eval_vlm.config import MmeConfig
-from eval_vlm.stats import bounds, difference, sum_interval
+from eval_vlm.stats import with_spread
 from eval_vlm.suites import SHORT_ANSWER, Points, check_rule, last_answers, vlmevalkit_yes_no, yes_or_no
 from eval_vlm.suites.questions import check_records, first_pictures, holds_dataset, read_rows
 
@@ -222,44 +222,41 @@ def points(records: list[dict], rule: str = "official") -> dict[str, Points]:
     return result
 
 
-def report(records: list[dict], rule: str, hashes: dict[str, str], seed: int = 0) -> dict[str, Any]:
+def estimates(records: list[dict], rule: str = "official") -> dict[str, Estimate]:
+    """Points of each subtask, of `perception` and `cognition` if all their subtasks are there, and of `total`."""
+    tasks = {task: mean_of(one.values, one.pictures, 200.0) for task, one in points(records, rule).items()}
+    result = dict(tasks)
+    for name, members in (("perception", PERCEPTION), ("cognition", COGNITION), ("total", tuple(tasks))):
+        if members and all(task in tasks for task in members):
+            result[name] = combined([tasks[task] for task in members], [1.0] * len(members))
+    return result
+
+
+def report(records: list[dict], rule: str, hashes: dict[str, str]) -> dict[str, Any]:
     """Each subtask's figures with the interval of its score clustered by picture, and the sums; for scores.json.
 
     `perception` and `cognition` are None unless all their subtasks are there; `total` sums the subtasks that are
     (of `total_max`). `always_yes` is the score of a model that says yes to everything; `chance` that of a fair coin.
     """
     figures = score(records, rule)
-    by_task = points(records, rule)
+    spread = estimates(records, rule)
     rows = last_answers(records)[0]
     result: dict[str, Any] = {}
-    intervals = []
-    for task, values in by_task.items():
+    tasks = [task for task in TASKS if task in spread]
+    for task in tasks:
         chosen = [record for record in rows if record["category"] == task]
         one = _figures(list(_pairs(chosen, rule).values()))
         yes = _figures(list(_pairs([{**record, "answer": "Yes"} for record in chosen], rule).values()))
-        intervals.append(cluster_interval(values.values, values.pictures))
         result[task] = {
             "score": one["score"], "acc": one["accuracy"], "acc_plus": one["accuracy_plus"],
-            "interval": bounds(intervals[-1]), "n": one["questions"], "pictures": intervals[-1].clusters,
+            **with_spread(spread[task]), "n": one["questions"], "pictures": len(spread[task].errors),
             "other": one["other"], "yes_ratio": (one["TP"] + one["FP"]) / one["questions"],
             "empty_answers": sum(not record["answer"] for record in chosen), "always_yes": yes["score"],
             "chance": CHANCE, "questions_sha256": hashes.get(task)}
-    total = sum_interval(intervals)
     perception, cognition = list(figures.values())[:2]
-    return result | {"perception": perception, "cognition": cognition, "total": total.mean,
-                     "total_interval": bounds(total), "total_max": 200 * len(by_task)}
-
-
-def compare(a: list[dict], b: list[dict], rule: str) -> dict[str, Any]:
-    """Points of run b minus those of run a, on the same pictures, per subtask and in total."""
-    points_a, points_b = points(a, rule), points(b, rule)
-    result, intervals = {}, []
-    for task, ours in points_a.items():
-        theirs = dict(zip(points_b[task].ids, points_b[task].values, strict=True))
-        values = [theirs[picture] for picture in ours.ids]
-        intervals.append(paired_interval(values, ours.values, ours.pictures))
-        result[task] = difference(ours.values, values, intervals[-1])
-    total = sum_interval(intervals)
-    result["total"] = difference([0.0], [0.0], total) | {"a": sum(one["a"] for one in result.values()),
-                                                        "b": sum(one["b"] for one in result.values())}
+    result |= {"perception": perception, "cognition": cognition, "total": spread["total"].value,
+               "total_max": 200 * len(tasks)}
+    for name in ("perception", "cognition", "total"):
+        if name in spread:
+            result |= with_spread(spread[name], name)
     return result

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from clipmoe_vlm.intervals import bootstrap_interval, cluster_interval
+from clipmoe_vlm.intervals import Estimate, combined, mean_of, ratio_of
 from clipmoe_vlm.runs import UserError, read_jsonl
 from eval_vlm.config import PopeConfig
-from eval_vlm.stats import bounds
+from eval_vlm.stats import with_spread
 from eval_vlm.suites import (
     SHORT_ANSWER,
     Points,
@@ -233,33 +233,58 @@ def points(records: list[dict], rule: str = "official") -> dict[str, Points]:
     return result
 
 
-def report(records: list[dict], rule: str, hashes: dict[str, str], seed: int = 0) -> dict[str, Any]:
+def estimates(records: list[dict], rule: str = "official") -> dict[str, Estimate]:
+    """Accuracy (of 1) of each set and of `all`, then `<set> F1`; `mean accuracy` and `mean F1` of the three sets, which
+    ask about the same pictures."""
+    rows = [record for record in last_answers(records)[0] if record["answer"] is not None]
+    accuracy, f1 = {}, {}
+    for name in (*SETS, "all"):
+        chosen = [record for record in rows if name in (record["category"], "all")]
+        if not chosen:
+            continue
+        label, predicted, right = _cells(chosen, rule)
+        pictures = [record["image"] for record in chosen]
+        says_yes = predicted == "yes"
+        missed = label & (predicted == "no" if rule == "lmms_eval" else ~says_yes)
+        hits = 2.0 * (says_yes & label)
+        accuracy[name] = mean_of(right.astype(float), pictures, 1.0)
+        f1[name] = ratio_of(hits, hits + (says_yes & ~label) + missed, pictures, 1.0)
+    result = accuracy | {f"{name} F1": one for name, one in f1.items()}
+    if all(name in accuracy for name in SETS):
+        for figure, sets in (("accuracy", accuracy), ("F1", f1)):
+            result[f"mean {figure}"] = combined([sets[name] for name in SETS], [1 / 3] * 3)
+    return result
+
+
+def report(records: list[dict], rule: str, hashes: dict[str, str]) -> dict[str, Any]:
     """Each set's figures with intervals clustered by picture, and `all` (pooled); for scores.json.
 
     `always_yes` beside each set is the accuracy and F1 of a model that says yes to everything; chance is 0.5.
     """
     scale = 100.0 if rule == "vlmevalkit" else 1.0
-    figures = score(records, rule)
+    f1_name = "f1_score" if rule == "lmms_eval" else "f1"
+    figures, spread = score(records, rule), estimates(records, rule)
     rows = [record for record in last_answers(records)[0] if record["answer"] is not None]
     result: dict[str, Any] = {}
+
+    def spreads(name: str, suffix: str = "") -> dict[str, Any]:
+        parts = (("accuracy", f"{name}{suffix}"), ("f1", f"{name} F1"))
+        return {key: value for part, key_of in parts
+                for key, value in with_spread(combined([spread[key_of]], [scale]), part).items()}
+
     for name in (*SETS, "all"):
         chosen = [record for record in rows if name in (record["category"], "all")]
+        if not chosen:
+            continue
         label, predicted, right = _cells(chosen, rule)
         one = dict(figures[name]) if name in figures else _figures(label, predicted, right, rule)
-        pictures = [record["image"] for record in chosen]
-        f1_name = "f1_score" if rule == "lmms_eval" else "f1"
-
-        def f1(index, cells=(label, predicted, right), f1_name=f1_name):
-            return _figures(*(cell[index] for cell in cells), rule)[f1_name]
-
-        accuracy = cluster_interval(scale * right, pictures)
         yes = _figures(label, np.full(len(label), "yes", dtype=object), label, rule)
-        one |= {"accuracy_interval": bounds(accuracy), "f1_interval": bounds(bootstrap_interval(f1, pictures, seed)),
-                "n": len(chosen), "pictures": accuracy.clusters, "empty_answers": sum(not r["answer"] for r in chosen),
+        one |= {**spreads(name), "n": len(chosen), "pictures": len(spread[name].errors),
+                "empty_answers": sum(not r["answer"] for r in chosen),
                 "always_yes": {"accuracy": yes["accuracy"], "f1": yes[f1_name]}, "chance": 0.5 * scale}
         if name in hashes:
             one["questions_sha256"] = hashes[name]
         result[name] = one
     if figures.get("mean"):
-        result["mean"] = figures["mean"]
+        result["mean"] = figures["mean"] | spreads("mean", " accuracy")
     return result
