@@ -32,7 +32,7 @@ class Case:
 
 
 def answers(generator: np.random.Generator, pictures: int, each: int, mean: float) -> np.ndarray:
-    """`[pictures, each]` of 0 and 1; the pictures' chances are beta(2 mean, 2 (1 - mean)): half of the variance."""
+    """`[pictures, each]` of 0 and 1; the pictures' chances are beta(2 mean, 2 (1 - mean)): a third of the variance."""
     chance = generator.beta(2 * mean, 2 * (1 - mean), pictures)
     return (generator.random((pictures, each)) < chance[:, None]).astype(float)
 
