@@ -3,6 +3,7 @@
 A and B are output folders of eval_vlm.run, or several with commas between (`A1,A2,A3`): models trained with several
 seeds, whose mean is compared. All must have answered the same questions. Prints B minus A per set and subtask, with 95%
 intervals clustered by picture and p-values, and writes them to compare.json in the (first) folder of B, or to `output`.
+Of two runs it makes a page too, compare.html beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from clipmoe_vlm.intervals import pooled_difference
 from clipmoe_vlm.runs import UserError, fail, read_jsonl, write_json
 from eval_vlm.config import SUITES
 from eval_vlm.outcomes import flips, outcomes
+from eval_vlm.page import write_compare_page
 from eval_vlm.predictions import predictions_file
 from eval_vlm.report import with_interval
 from eval_vlm.stats import as_line, holm
@@ -151,8 +153,15 @@ def main(arguments: list[str]) -> None:
     a, b = ([Path(run) for run in side] for side in sides)
     rule = options.get("rule", "official")
     result = compare_runs(a[0], b[0], rule) if len(a) == len(b) == 1 else pool_runs(a, b, rule)
-    write_json(options.get("output", b[0] / "compare.json"), result)
+    output = Path(options.get("output", b[0] / "compare.json"))
+    write_json(output, result)
     show(result, None if sys.stdout.isatty() else 120)
+    if len(a) > 1:  # a page shows the answers of two models
+        return
+    try:
+        print(f"The report: {write_compare_page(result, output.with_suffix('.html')).resolve()}")
+    except UserError as error:  # the figures are there, whatever else of the runs is not
+        print(f"no report: {error}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from eval_vlm import config as config_module
 from eval_vlm.config import EvalConfig
 from eval_vlm.generate import Answerer
 from eval_vlm.models import check_vlm_folder, find_folder, load_vlm
+from eval_vlm.page import write_run_page
 from eval_vlm.predictions import (
     check_owner,
     hash_folder,
@@ -50,6 +51,7 @@ MAY_CHANGE = ("batch_size", "rule", "suites",
 def main(config: EvalConfig) -> None:
     if evaluate(config):
         print((Path(config.output_dir) / "summary.md").read_text(encoding="utf-8"))
+        print(f"The report: {(Path(config.output_dir) / 'report.html').resolve()}")
 
 
 def evaluate(config: EvalConfig) -> dict:
@@ -171,7 +173,8 @@ def append(stream: TextIO, row: dict) -> None:
 
 
 def score_all(config: EvalConfig, questions: dict[str, tuple[list[dict], dict[str, str]]]) -> dict:
-    """Reads the predictions, writes scores.json, summary.md and the files for the benchmarks' servers and judges."""
+    """Reads the predictions, writes scores.json, summary.md, report.html and the files for the benchmarks' servers and
+    judges."""
     scores: dict = {"model": config.model, "rule": config.rule, "batch_size": config.batch_size,
                     "max_new_tokens": config.max_new_tokens, "answering": config.answering,
                     "prompt_suffix": config.prompt_suffix,
@@ -191,6 +194,7 @@ def score_all(config: EvalConfig, questions: dict[str, tuple[list[dict], dict[st
     output = Path(config.output_dir)
     write_json(output / "scores.json", scores)
     write_summary(output / "summary.md", scores)
+    write_run_page(output)
     return scores
 
 
