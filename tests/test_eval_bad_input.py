@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,40 @@ def test_folders_that_are_no_vlm(world, refused, tmp_path):
         before = tree(tmp_path)
         assert re.search(words, refused("run", config, f"model={tmp_path / name}", f"output_dir={folder / name}"))
         assert tree(tmp_path) == before
+
+
+class Tags(HTMLParser):
+    """The tags of a page with their event handlers, such as `onerror`."""
+
+    def __init__(self, page: Path):
+        super().__init__()
+        self.seen = Counter()
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.seen[(tag, *sorted(name for name, _ in attrs if name.startswith("on")))] += 1
+
+
+def test_html_in_a_question_or_an_answer_is_text_in_the_page(world, tmp_path):
+    """Read as a browser reads it: no tag comes from a question or an answer."""
+    folder, config = world
+    evil = "</script></td><script>alert(1)</script><img src=x onerror=alert(2)><!--"
+    questions = shutil.copytree(folder / "questions", tmp_path / "questions")
+    edit(POPE, "a cat in the image?", f"a cat {evil}")(questions)
+    run = tmp_path / "run"
+    options = (f"pope.questions_dir={questions / 'pope'}", "suites=[pope]", f"output_dir={run}")
+    execute(config, *options)
+    file = run / "predictions" / "pope.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        row["answer"] = "Yes " + evil
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    execute(config, *options)
+    evil_tags = Tags(run / "report.html").seen
+    assert "alert(2)" in (run / "report.html").read_text()
+    execute(config, "suites=[pope]", f"output_dir={tmp_path / 'good'}")
+    good_tags = Tags(tmp_path / "good" / "report.html").seen
+    assert evil_tags["script",] == good_tags["script",] and not [tag for tag in evil_tags if tag not in good_tags]
 
 
 # --- eval_vlm.score --------------------------------------------------------------------------------------------------
