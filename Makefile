@@ -1,6 +1,6 @@
 # make demo [SIZE=default|tiny|full] [LLM=little|smollm2]   the whole path on real pictures; ends with a report page
 # make test                                                 lint and all tests
-# make test-hosts                                           the plugin in the original LLaVA and in older transformers
+# make test-hosts                                           the plugin in the original LLaVA, in older transformers, in lmms-eval
 # All first make their own environment in .venv; nothing needs to be activated. PYTHON=... picks the interpreter.
 SIZE ?= default
 LLM ?= little
@@ -16,12 +16,13 @@ test: lint
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/multiprocess --ignore tests/hosts/llava tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/multiprocess
 
-# Each environment has one version of transformers and the original LLaVA; the newest transformers is that of `make test`.
-HOSTS := transformers-4.36 transformers-4.37
+# transformers-*: one version of transformers and the original LLaVA; the newest transformers is that of `make test`.
+HOSTS := transformers-4.36 transformers-4.37 lmms-eval
 test-hosts: $(HOSTS:%=.venv-hosts/%/.ready)
 	for host in $(HOSTS); do \
+	    tests=tests/hosts; [ $$host != lmms-eval ] || tests=tests/hosts/lmms_eval; \
 	    OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv-hosts/$$host/torch_extensions \
-	        .venv-hosts/$$host/bin/python -m pytest --confcutdir tests/hosts -n 2 --dist loadfile tests/hosts || exit 1; \
+	        .venv-hosts/$$host/bin/python -m pytest --confcutdir tests/hosts -n 2 --dist loadfile $$tests || exit 1; \
 	done
 
 .venv-hosts/%/.ready: tests/hosts/%.txt tests/hosts/setup.sh pyproject.toml
