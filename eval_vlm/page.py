@@ -15,7 +15,7 @@ from typing import Any
 
 from clipmoe_vlm.runs import UserError, atomic_write, load_config, read_jsonl
 from eval_vlm import page_questions, page_scores
-from eval_vlm.config import SUITES, EvalConfig
+from eval_vlm.config import EvalConfig
 from eval_vlm.models import find_folder
 from eval_vlm.outcomes import Outcome, outcomes
 from eval_vlm.predictions import predictions_file, read_routing, routing_file
@@ -41,7 +41,7 @@ class Run:
         self.config = load_config(EvalConfig, [str(folder / "config.yaml")], "eval_vlm.run")
         self.rule = rule or self.config.rule
         self.name = Path(self.config.model).name or self.config.model
-        self.suites = [suite for suite in SUITES if suite in (suites or self.config.suites)]
+        self.suites = [suite for suite in page_scores.COLUMNS if suite in (suites or self.config.suites)]
         self.fit = page_questions.fit(find_folder(self.config.model)) if Path(self.config.model).exists() else None
         self.predictions = {suite: self._read(suite) for suite in self.suites}
         self.outcomes: dict[str, dict[str, Outcome]] = {

@@ -183,6 +183,7 @@ def test_a_run_writes_scores_and_summary_and_is_not_redone(tmp_path, vlm, questi
     assert load_answers(tmp_path / "run") == before[1]
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert scores["suites"]["pope"]["random"]["chance"] == 50 and scores["rule"] == "vlmevalkit"
+    assert "rule vlmevalkit, batch size 3, max_new_tokens 6" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(tmp_path, vlm, questions):

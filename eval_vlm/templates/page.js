@@ -195,7 +195,8 @@ function drawRouting(picture, sight) {
   select.addEventListener("change", redraw);
   box.addEventListener("change", redraw);
   byId("detail").append(element("fieldset", {id: "routing"}, element("legend", {textContent: "Where the tower's patches go"}),
-    element("label", {}, "block ", select), element("label", {}, box, " map without the picture"), legend));
+    element("label", {htmlFor: "layer", textContent: "block"}), select,
+    box, element("label", {htmlFor: "alone", textContent: " map without the picture"}), legend));
   redraw();
 }
 
@@ -265,16 +266,14 @@ function recall() {
   filter(state.get("id"));
 }
 
-const here = () => found[chosen]?.key;
-
 offer(byId("show"), Object.entries(SHOW).filter(([name, [, test]]) => !OFTEN_NONE.includes(name) || questions.some(test))
   .map(([name, [words]]) => [name, words]));
 offer(byId("suite"), [["", "all"], ...[...new Set(questions.map((one) => one.suite))].map((suite) => [suite, suite])]);
 byId("left-out").textContent = data.note;
 byId("left-out").hidden = !data.note;
-for (const id of ["show", "set"]) byId(id).addEventListener("change", () => filter(here()));
-byId("suite").addEventListener("change", () => { offerSets(); filter(here()); });
-byId("text").addEventListener("input", () => filter(here()));
+for (const id of ["show", "set"]) byId(id).addEventListener("change", () => filter());
+byId("suite").addEventListener("change", () => { offerSets(); filter(); });
+byId("text").addEventListener("input", () => filter());
 byId("filters").addEventListener("submit", (event) => event.preventDefault());
 byId("previous").addEventListener("click", () => choose((Math.floor(chosen / PER_PAGE) - 1) * PER_PAGE));
 byId("next").addEventListener("click", () => choose((Math.floor(chosen / PER_PAGE) + 1) * PER_PAGE));
