@@ -16,7 +16,6 @@ from typing import Any
 from clipmoe_vlm.runs import UserError, atomic_write, load_config, read_jsonl
 from eval_vlm import page_questions, page_scores
 from eval_vlm.config import EvalConfig
-from eval_vlm.models import find_folder
 from eval_vlm.outcomes import Outcome, outcomes
 from eval_vlm.predictions import predictions_file, read_routing, routing_file
 from eval_vlm.suites import picture_folder, report
@@ -42,7 +41,7 @@ class Run:
         self.rule = rule or self.config.rule
         self.name = Path(self.config.model).name or self.config.model
         self.suites = [suite for suite in page_scores.COLUMNS if suite in (suites or self.config.suites)]
-        self.fit = page_questions.fit(find_folder(self.config.model)) if Path(self.config.model).exists() else None
+        self.fit = page_questions.fit(Path(self.config.model))
         self.predictions = {suite: self._read(suite) for suite in self.suites}
         self.outcomes: dict[str, dict[str, Outcome]] = {
             suite: outcomes(suite, rows, self.rule) for suite, rows in self.predictions.items()}
