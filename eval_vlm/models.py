@@ -42,6 +42,11 @@ def find_folder(model: str) -> Path:
                         f"({str(error).splitlines()[0]}); name a model folder, or check name and network") from error
 
 
+def precision_on(device: torch.device, precision: str) -> str:
+    """fp32, bf16 or fp16: what `auto` is depends on the device."""
+    return {"cuda": "bf16"}.get(device.type, "fp32") if precision == "auto" else precision
+
+
 def load_vlm(folder: str | Path, device: torch.device, precision: str = "auto") -> tuple[Any, Any]:
     """Model (eval mode) and processor of a VLM folder.
 
@@ -51,8 +56,7 @@ def load_vlm(folder: str | Path, device: torch.device, precision: str = "auto") 
     """
     folder = Path(folder)
     model_class = MODELS[check_vlm_folder(folder)]
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-             "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision_on(device, precision)]
     try:
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(folder, backend="pil")  # the pixels of training, to the last bit

@@ -25,7 +25,7 @@ from clipmoe_vlm.runs import (
 from eval_vlm import config as config_module
 from eval_vlm.config import EvalConfig
 from eval_vlm.generate import Answerer
-from eval_vlm.models import check_vlm_folder, find_folder, load_vlm
+from eval_vlm.models import check_vlm_folder, find_folder, load_vlm, precision_on
 from eval_vlm.page import write_run_page
 from eval_vlm.predictions import (
     check_owner,
@@ -59,7 +59,8 @@ def evaluate(config: EvalConfig) -> dict:
     questions = load_questions(config)
     place = init_distributed()
     folder = place.main_first(
-        lambda: prepare(config, {suite: records for suite, (records, _, _) in questions.items()}))
+        lambda: prepare(config, {suite: records for suite, (records, _, _) in questions.items()},
+                        precision_on(place.device, config.precision)))
 
     answerer = None
     for suite, (records, _, pictures) in questions.items():
@@ -103,8 +104,11 @@ def load_questions(config: EvalConfig) -> dict[str, tuple[list[dict], dict[str, 
     return questions
 
 
-def prepare(config: EvalConfig, questions: dict[str, list[dict]]) -> Path:
+def prepare(config: EvalConfig, questions: dict[str, list[dict]], precision: str) -> Path:
     """Checks that what the output folder holds belongs to this run, and makes it ready for appending.
+
+    Args:
+        precision: the one that the model runs in here, no longer `auto`.
 
     Returns:
         the model's folder.
@@ -115,7 +119,7 @@ def prepare(config: EvalConfig, questions: dict[str, list[dict]]) -> Path:
     owners = {}
     for suite, records in questions.items():
         owners[suite] = {"model_sha256": model_hash, "questions_sha256": hash_questions(records),
-                         "max_new_tokens": config.max_new_tokens, "precision": config.precision,
+                         "max_new_tokens": config.max_new_tokens, "precision": precision,
                          "answering": config.answering}
         file = predictions_file(config.output_dir, suite)
         check_owner(file, owners[suite])

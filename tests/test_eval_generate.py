@@ -175,6 +175,17 @@ def test_yes_no_in_a_run(tmp_path, vlm, questions):
         execute(config, "answering=logits")
 
 
+def test_auto_is_another_precision_on_another_device(tmp_path, vlm, questions):
+    """A run begun with auto on a GPU (bf16) does not go on with auto on a CPU (fp32)."""
+    config = config_file(tmp_path, vlm, questions, suites=["pope"])
+    execute(config)
+    owner = tmp_path / "run/predictions/pope.owner.json"
+    assert json.loads(owner.read_text())["precision"] == "fp32"
+    owner.write_text(owner.read_text().replace('"fp32"', '"bf16"'))
+    with pytest.raises(UserError, match="another precision"):
+        execute(config)
+
+
 # --- families --------------------------------------------------------------------------------------------------------
 
 
