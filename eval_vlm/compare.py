@@ -17,7 +17,7 @@ from clipmoe_vlm.runs import UserError, fail, read_jsonl, write_json
 from eval_vlm.config import SUITES
 from eval_vlm.outcomes import flips, outcomes
 from eval_vlm.page import write_compare_page
-from eval_vlm.predictions import predictions_file
+from eval_vlm.predictions import predictions_file, with_grades
 from eval_vlm.report import with_interval
 from eval_vlm.stats import as_line, holm
 from eval_vlm.suites import check_rule, compare, estimates, rules_of
@@ -81,7 +81,7 @@ def read_runs(runs: list[Path], rule: str) -> dict[str, list[list[dict]]]:
                 raise UserError(f"{files[0]} and {file} answer different questions, or with different prompts "
                                 f"({len(different)} differ, such as {different[0]}); score all models on the same "
                                 "files, with the same prompt_suffix, to the end")
-        found[name] = rows
+        found[name] = [with_grades(run, name, one) for run, one in zip(runs, rows, strict=True)]
     if not found:
         raise UserError(f"{' and '.join(map(str, runs))} have no suite's predictions in common; name output folders of "
                         "eval_vlm.run")

@@ -17,7 +17,7 @@ from clipmoe_vlm.runs import UserError, atomic_write, load_config, read_jsonl
 from eval_vlm import page_questions, page_scores
 from eval_vlm.config import EvalConfig
 from eval_vlm.outcomes import Outcome, outcomes
-from eval_vlm.predictions import predictions_file, read_routing, routing_file
+from eval_vlm.predictions import predictions_file, read_routing, routing_file, with_grades
 from eval_vlm.suites import picture_folder, report
 from eval_vlm.suites.questions import read_json
 
@@ -53,7 +53,7 @@ class Run:
         file = predictions_file(self.folder, suite)
         if not file.is_file():
             raise UserError(f"{file}: there are no predictions for a page; run eval_vlm.run again")
-        return read_jsonl(file)
+        return with_grades(self.folder, suite, read_jsonl(file))
 
     @functools.cached_property
     def parts(self) -> dict[str, dict]:
@@ -99,6 +99,9 @@ def write_compare_page(result: dict[str, Any], file: Path) -> Path:
         UserError: as `write_run_page`, or a question that only one of the runs has answered.
     """
     runs = [Run(Path(result[side]), result["rule"], list(result["suites"])) for side in ("a", "b")]
+    if runs[0].name == runs[1].name:  # every model of train_vlm is called `model`
+        for run in runs:
+            run.name = str(run.folder)
     for suite in runs[0].suites:
         a, b = ({row["id"] for row in run.predictions[suite]} for run in runs)
         if a != b:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from clipmoe_vlm.runs import UserError, atomic_write, write_json
+from clipmoe_vlm.runs import UserError, atomic_write, read_jsonl, write_json
 
 # What makes an answer, and the words for it.
 OWNER = {"model_sha256": "another model", "questions_sha256": "other questions or another prompt_suffix",
@@ -105,6 +105,23 @@ def _read(file: Path, key: str, known: set[str]) -> dict[str, dict]:
                             "is not among this run's; name another output_dir, or remove the predictions")
         rows[name] = row
     return rows
+
+
+def with_grades(output_dir: str | Path, suite: str, rows: list[dict]) -> list[dict]:
+    """Predictions with the `grade` that a judge gave each answer (eval_vlm/judge.py), if one did.
+
+    Raises:
+        UserError: several judges did.
+    """
+    files = sorted((Path(output_dir) / "judge").glob(f"{suite}.*.jsonl"))
+    if not files:
+        return rows
+    if len(files) > 1:
+        raise UserError(f"{files[0].parent} holds grades of {suite} by {len(files)} judges ({files[0].name}, "
+                        f"{files[1].name}); leave one there, whose figures are to be the run's")
+    grades = {(str(row["question_id"]), row["text"]): row.get("tuple", row.get("score"))
+              for row in read_jsonl(files[0])}
+    return [{**row, "grade": grades.get((str(row["question_id"]), row["answer"]))} for row in rows]
 
 
 def merge(output_dir: str | Path, suite: str, records: list[dict]) -> dict[str, dict]:

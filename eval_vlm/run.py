@@ -36,6 +36,7 @@ from eval_vlm.predictions import (
     predictions_file,
     read_predictions,
     routing_file,
+    with_grades,
     write_owner,
 )
 from eval_vlm.report import write_summary
@@ -190,7 +191,7 @@ def score_all(config: EvalConfig, questions: dict[str, tuple[list[dict], dict[st
         if unanswered:
             raise UserError(f"{file} lacks {len(unanswered)} answers, the first for question {unanswered[0]}; "
                             "run the same command again")
-        rows = [predictions[record["id"]] for record in records]
+        rows = with_grades(config.output_dir, suite, [predictions[record["id"]] for record in records])
         scores["cut_answers"][suite] = sum(row.get("cut", False) for row in rows)
         scores["suites"][suite] = report(suite, rows, config.rule, hashes)
         if hasattr(module(suite), "write_submission"):

@@ -42,3 +42,28 @@ def test_a_run_scores_and_compares_every_kind_of_suite(tmp_path):
         execute(config, "rule=vlmevalkit", "suites=[vqav2]")
     with pytest.raises(UserError, match="gqa.questions is empty"):
         execute(config, "suites=[gqa]")
+
+
+def test_a_judges_grades_become_the_runs_figures(tmp_path):
+    folder = tmp_path / "suites"
+    questions = MAKERS["mmvet"](folder / "mmvet")["dataset"]["questions"]
+    config = config_file(tmp_path, make_vlm(tmp_path / "model"), tmp_path, suites=["mmvet"],
+                         mmvet={"questions": str(questions), "image_folder": str(folder / "mmvet" / "pictures")})
+    execute(config)
+    rows = [json.loads(line) for line in (tmp_path / "run/predictions/mmvet.jsonl").read_text().splitlines()]
+    grades = [{"question_id": row["question_id"], "text": row["answer"], "judge": "one", "score": number / 2}
+              for number, row in enumerate(rows)]
+    (tmp_path / "run" / "judge").mkdir()
+    file = tmp_path / "run" / "judge" / "mmvet.one.jsonl"
+    file.write_text("".join(json.dumps(grade) + "\n" for grade in grades))
+    execute(config)
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())["suites"]["mmvet"]
+    total = scores["scores"]["total"]["score"]
+    assert total == pytest.approx(100 * sum(grade["score"] for grade in grades) / len(rows))
+    assert compare_runs(tmp_path / "run", tmp_path / "run")["suites"]["mmvet"]["total"]["a"] == total
+    file.write_text(json.dumps({**grades[1], "text": "of another answer"}) + "\n")
+    execute(config)
+    assert json.loads((tmp_path / "run" / "scores.json").read_text())["suites"]["mmvet"]["scores"] == {}
+    (tmp_path / "run" / "judge" / "mmvet.two.jsonl").write_text("")
+    with pytest.raises(UserError, match="by 2 judges .*mmvet.one.jsonl"):
+        execute(config)
