@@ -59,11 +59,16 @@ class Estimate:
             nan = float("nan")
             return Interval(self.value, nan, nan, nan, self.n, clusters, None if self.top is not None else nan)
         error = math.sqrt(sum(part * part for part in self.errors.values()))
+        if error < 1e-12 * abs(self.value):  # rounding
+            error = 0.0
         freedom = max(1, clusters - self.strata)
         quantile = float(stats.t.ppf(0.975, freedom))
         if self.top is None:
             half = quantile * error
-            p_value = float(2 * stats.t.sf(abs(self.value) / error, freedom)) if error else float(self.value == 0)
+            if error:
+                p_value = float(2 * stats.t.sf(abs(self.value) / error, freedom))
+            else:  # all clusters differ alike: the sign test
+                p_value = 2.0 ** (1 - clusters) if self.value else 1.0
             return Interval(self.value, self.value - half, self.value + half, error, self.n, clusters, p_value)
         share, square = self.value / self.top, quantile * quantile
         size = share * (1 - share) / (error / self.top) ** 2 if error else clusters

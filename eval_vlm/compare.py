@@ -146,14 +146,16 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    sides = [argument.split(",") for argument in arguments if "=" not in argument]
-    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if len(sides) != 2 or set(options) - {"rule", "output"}:
+    options = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("rule=", "output=")))
+    sides = [argument.split(",") for argument in arguments if not argument.startswith(("rule=", "output="))]
+    if len(sides) != 2:
         raise UserError(USAGE)
     a, b = ([Path(run) for run in side] for side in sides)
     rule = options.get("rule", "official")
-    result = compare_runs(a[0], b[0], rule) if len(a) == len(b) == 1 else pool_runs(a, b, rule)
     output = Path(options.get("output", b[0] / "compare.json"))
+    if output.suffix != ".json":
+        raise UserError(f"output={output}: name a file ending with .json; the page is written beside it as .html")
+    result = compare_runs(a[0], b[0], rule) if len(a) == len(b) == 1 else pool_runs(a, b, rule)
     write_json(output, result)
     show(result, None if sys.stdout.isatty() else 120)
     if len(a) > 1:  # a page shows the answers of two models

@@ -47,6 +47,8 @@ class ClipmoeVlm(lmms):
         super().__init__()
         if unknown:
             raise UserError(f"clipmoe_vlm has no {', '.join(unknown)}; its model_args are pretrained and precision")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise UserError(f"--batch_size {batch_size}: clipmoe_vlm takes a positive number, such as 16")
         place = init_distributed()
         self._rank, self._world_size, self.device = place.rank, place.world_size, place.device
         model, processor = load_vlm(find_folder(pretrained), place.device, precision)

@@ -38,11 +38,16 @@ def part_file(file: Path, rank: int) -> Path:
     return file if rank == 0 else file.with_name(f"{file.stem}.part{rank}.jsonl")
 
 
+def parts_of(file: Path) -> list[Path]:
+    """What other processes than the main one left there."""
+    return sorted(file.parent.glob(f"{file.stem}.part*.jsonl"))
+
+
 def check_owner(file: Path, ours: dict) -> None:
     """Raises:
         UserError: the predictions there were made by another model, from other questions or with other settings.
     """
-    if not file.exists():
+    if not file.exists() and not parts_of(file):
         return
     owner = owner_file(file)
     try:
@@ -56,7 +61,12 @@ def check_owner(file: Path, ours: dict) -> None:
                         "remove the predictions to start anew")
 
 
-def write_owner(file: Path, ours: dict) -> None:
+def begin(output_dir: str | Path, suite: str, ours: dict) -> None:
+    """Says what makes the predictions from here on; where there are none, routing of removed ones goes too."""
+    file, routing = predictions_file(output_dir, suite), routing_file(output_dir, suite)
+    if not file.exists() and not parts_of(file):
+        for old in (routing, *parts_of(routing)):
+            old.unlink(missing_ok=True)
     write_json(owner_file(file), ours)
 
 
@@ -87,6 +97,15 @@ def read_predictions(file: Path, records: list[dict]) -> dict[str, dict]:
 def read_routing(file: Path, records: list[dict]) -> dict[str, dict]:
     """The routing rows by picture; as `read_predictions`."""
     return _read(file, "image", {record["image"] for record in records})
+
+
+def answered_ids(output_dir: str | Path, suite: str, records: list[dict]) -> set[str]:
+    """The questions that need no answer any more. Where routing is kept and a picture's row is lost (the machine went
+    down before it was on the disk), its questions are asked again."""
+    predictions = read_predictions(predictions_file(output_dir, suite), records)
+    routed = read_routing(routing_file(output_dir, suite), records)
+    return {record["id"] for record in records
+            if record["id"] in predictions and (not routed or record["image"] in routed)}
 
 
 def _read(file: Path, key: str, known: set[str]) -> dict[str, dict]:
@@ -138,7 +157,7 @@ def merge(output_dir: str | Path, suite: str, records: list[dict]) -> dict[str, 
 
 
 def _merge(file: Path, key: str, order: dict[str, int]) -> dict[str, dict]:
-    parts = sorted(file.parent.glob(f"{file.stem}.part*.jsonl"))
+    parts = parts_of(file)
     rows = _read(file, key, set(order))
     for part in parts:
         rows |= _read(part, key, set(order))

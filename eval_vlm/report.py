@@ -23,8 +23,8 @@ def write_summary(file: Path, scores: dict[str, Any]) -> None:
             lines += means_table(suite, part)
     for suite, count in scores["cut_answers"].items():
         if count:
-            lines += [f"- {suite}: {count} answers were cut at max_new_tokens={scores['max_new_tokens']}; a larger one "
-                      "lets the model finish", ""]
+            lines += [f"- {suite}: {count} of {scores['answers'][suite]} answers were cut at "
+                      f"max_new_tokens={scores['max_new_tokens']}; a larger one lets the model finish", ""]
     lines += ["Question files (sha256):", ""]
     for suite, categories in scores["suites"].items():
         lines += [f"- {suite} {name}: `{figures['questions_sha256']}`" for name, figures in categories.items()

@@ -28,6 +28,8 @@ from eval_vlm.generate import Answerer
 from eval_vlm.models import check_vlm_folder, find_folder, load_vlm, precision_on
 from eval_vlm.page import write_run_page
 from eval_vlm.predictions import (
+    answered_ids,
+    begin,
     check_owner,
     hash_folder,
     hash_questions,
@@ -37,7 +39,6 @@ from eval_vlm.predictions import (
     read_predictions,
     routing_file,
     with_grades,
-    write_owner,
 )
 from eval_vlm.report import write_summary
 from eval_vlm.suites import check_rule, module, picture_folder, report, rules_of
@@ -65,7 +66,7 @@ def evaluate(config: EvalConfig) -> dict:
 
     answerer = None
     for suite, (records, _, pictures) in questions.items():
-        answered = set(read_predictions(predictions_file(config.output_dir, suite), records))
+        answered = answered_ids(config.output_dir, suite, records)
         mine = share(records, place)
         todo = sum(record["id"] not in answered for record in mine)
         if todo:
@@ -127,7 +128,7 @@ def prepare(config: EvalConfig, questions: dict[str, list[dict]], precision: str
         read_predictions(file, records)  # refuses broken ones before anything is written
     prepare_output(config, MAY_CHANGE)
     for suite, records in questions.items():
-        write_owner(predictions_file(config.output_dir, suite), owners[suite])
+        begin(config.output_dir, suite, owners[suite])
         merge(config.output_dir, suite, records)
     return folder
 
@@ -183,7 +184,7 @@ def score_all(config: EvalConfig, questions: dict[str, tuple[list[dict], dict[st
     scores: dict = {"model": config.model, "rule": config.rule, "batch_size": config.batch_size,
                     "max_new_tokens": config.max_new_tokens, "answering": config.answering,
                     "prompt_suffix": config.prompt_suffix,
-                    "limit": config.limit, "cut_answers": {}, "submissions": {}, "suites": {}}
+                    "limit": config.limit, "answers": {}, "cut_answers": {}, "submissions": {}, "suites": {}}
     for suite, (records, hashes) in questions.items():
         file = predictions_file(config.output_dir, suite)
         predictions = merge(config.output_dir, suite, records)
@@ -192,6 +193,7 @@ def score_all(config: EvalConfig, questions: dict[str, tuple[list[dict], dict[st
             raise UserError(f"{file} lacks {len(unanswered)} answers, the first for question {unanswered[0]}; "
                             "run the same command again")
         rows = with_grades(config.output_dir, suite, [predictions[record["id"]] for record in records])
+        scores["answers"][suite] = len(rows)
         scores["cut_answers"][suite] = sum(row.get("cut", False) for row in rows)
         scores["suites"][suite] = report(suite, rows, config.rule, hashes)
         if hasattr(module(suite), "write_submission"):

@@ -113,6 +113,8 @@ def match(predictions: list[dict], records: list[dict], suite: str, file: Path, 
         else:
             name = next((row[key] for key in ID_KEYS if key in row), None)
             if suite in ("mmbench", "mmbench_cn") and row.get("round_id"):
+                if not str(name).isdecimal() or not isinstance(row["round_id"], int):
+                    raise UserError(f"{where}: question {name}, round_id {row['round_id']}: LLaVA has numbers there")
                 name = int(name) + ROTATION * row["round_id"]
             found = by_name.get(str(name), [])
             if numbered and len(found) > 1:

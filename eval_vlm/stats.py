@@ -36,7 +36,9 @@ def difference(a: Estimate, b: Estimate) -> dict[str, Any]:
 
 
 def as_line(a: float, b: float, interval: Interval) -> dict[str, Any]:
-    return {"a": a, "b": b, "difference": interval.mean, "interval": bounds(interval),
+    # Where all pictures differ alike, their spread, which is none, gives no interval.
+    known = interval.standard_error != 0 or interval.mean == 0
+    return {"a": a, "b": b, "difference": interval.mean, "interval": bounds(interval) if known else None,
             "standard_error": finite(interval.standard_error), "p_value": finite(interval.p_value), "n": interval.n,
             "pictures": interval.clusters}
 

@@ -119,7 +119,7 @@ def test_an_answer_without_end_is_cut_marked_and_counted(tmp_path, vlm, question
     rows = [json.loads(line) for line in (tmp_path / "run/predictions/pope.jsonl").read_text().splitlines()]
     cut = sum("cut" in row for row in rows)
     assert json.loads((tmp_path / "run/scores.json").read_text())["cut_answers"] == {"pope": cut} and cut
-    assert f"pope: {cut} answers were cut at max_new_tokens=3" in (tmp_path / "run/summary.md").read_text()
+    assert f"pope: {cut} of 90 answers were cut at max_new_tokens=3" in (tmp_path / "run/summary.md").read_text()
 
 
 def test_an_answer_of_ten_thousand_tokens_ends_at_the_limit(tmp_path, questions):
@@ -267,6 +267,32 @@ def test_a_dense_tower_has_no_routing(tmp_path, vlm, questions):
     answerer = Answerer(model, processor, 4, 2)
     list(answerer.answers(records_of(questions, ["Cat?"]), questions / "images"))
     assert answerer.take_routing() == []
+
+
+def test_lost_routing_is_made_again_and_that_of_removed_predictions_goes(tmp_path, vlm, questions):
+    config = config_file(tmp_path, vlm, questions, suites=["pope"])
+    execute(config)
+    answers, routing = (tmp_path / "run/predictions" / name for name in ("pope.jsonl", "pope.routing.jsonl"))
+    before = answers.read_bytes(), routing.read_bytes()
+    routing.write_bytes(b"".join(routing.read_bytes().splitlines(keepends=True)[1:]))
+    execute(config)
+    assert (answers.read_bytes(), routing.read_bytes()) == before
+    answers.unlink()
+    routing.write_text('{"image": "of another run.png"}\n')
+    execute(config)
+    assert (answers.read_bytes(), routing.read_bytes()) == before
+
+
+def test_answers_of_another_process_alone_belong_to_their_model(tmp_path, vlm, questions):
+    config = config_file(tmp_path, vlm, questions, suites=["pope"])
+    execute(config)
+    folder = tmp_path / "run/predictions"
+    part = (folder / "pope.jsonl").rename(folder / "pope.part1.jsonl")
+    owner = json.loads((folder / "pope.owner.json").read_text())
+    (folder / "pope.owner.json").write_text(json.dumps(owner | {"model_sha256": "0"}))
+    with pytest.raises(UserError, match="another model"):
+        execute(config)
+    assert part.is_file()
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

@@ -225,6 +225,18 @@ def test_compare_prints_a_table_and_a_verdict(tmp_path, capsys):
     assert json.loads((tmp_path / "same.json").read_text())["suites"]["pope"]["all"]["interval"] == [0, 0]
 
 
+def test_two_pictures_are_no_proof(tmp_path):
+    records = [record for record in answered(0) if record["category"] == "random"]
+    pictures = list(dict.fromkeys(record["image"] for record in records))[:2]
+    records = [record for record in records if record["image"] in pictures]
+    wrong = [{**record, "answer": "no" if record["label"] == "yes" else "yes"} for record in records]
+    a = write_run(tmp_path / "a = wrong", wrong)
+    b = write_run(tmp_path / "b", [{**record, "answer": record["label"]} for record in records])
+    main([str(a), str(b)])
+    line = json.loads((b / "compare.json").read_text())["suites"]["pope"]["random"]
+    assert (line["difference"], line["interval"], line["p_value"], line["pictures"]) == (1, None, 0.5, 2)
+
+
 def test_several_seeds(tmp_path, capsys):
     records = answered(0)
     runs = [write_run(tmp_path / f"{side}{seed}", better(records, 10 * share + seed, share / 10))
@@ -255,7 +267,8 @@ def test_compare_refuses_in_a_sentence(tmp_path, change, words):
     with pytest.raises(UserError, match=words) as error:
         main([str(a), str(b)])
     assert "\n" not in str(error.value) and not (b / "compare.json").exists()
-    for arguments, sentence in (([str(a)], "usage"), ([str(a), str(a), "rule=mine"], "'mine' is unknown"),
+    for arguments, sentence in (([str(a)], "usage"), ([str(a), str(a), "output=x.html"], "ending with .json"),
+                                ([str(a), str(a), "rule=mine"], "'mine' is unknown"),
                                 ([str(a), str(tmp_path)], "no suite's predictions in common")):
         with pytest.raises(UserError, match=sentence):
             main(arguments)

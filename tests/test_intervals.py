@@ -89,7 +89,9 @@ def test_edges():
     assert alone.mean == 0.5 and math.isnan(alone.low) and alone.clusters == 1
     same = paired_interval([1, 0, 1], [1, 0, 1])
     assert same.mean == same.low == same.high == 0 and same.p_value == 1
-    assert paired_interval([1, 1, 1], [0, 0, 0]).p_value == 0
+    assert paired_interval([1, 1, 1], [0, 0, 0]).p_value == 0.25  # of three coins all alike
+    almost = paired_interval([0.1, 0.3, 0.7], [0.0, 0.2, 0.6])  # not even but for rounding
+    assert almost.p_value == 0.25 and almost.low == almost.high
     for call in (lambda: cluster_interval([]), lambda: cluster_interval([1.0], ["a", "b"]),
                  lambda: paired_interval([1.0], [1.0, 2.0])):
         with pytest.raises(ValueError):

@@ -92,6 +92,13 @@ def test_llavas_and_the_benchmarks_own_answer_files(suite, rows, right, files, t
     assert {row["id"]: row["answer"] for row in scored if row["answer"] is not None} == right
 
 
+def test_a_rotation_of_no_number_is_named(files, tmp_path):
+    questions, options = source("mmbench", files)
+    file = predictions(tmp_path / "p.jsonl", [{"question_id": "b1", "round_id": 1, "text": "B"}])
+    with pytest.raises(UserError, match="row 1: question b1, round_id 1"):
+        score_file("mmbench", file, questions, options=options)
+
+
 def test_pope_by_the_numbers_of_llavas_question_file(files, tmp_path):
     questions = Path(source("pope", files)[0])
     numbered = [{"question_id": number, "image": image, "text": f"Is there a {name} {question}?" + SHORT,

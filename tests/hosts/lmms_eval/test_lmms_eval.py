@@ -151,6 +151,8 @@ def test_what_it_cannot_do_is_a_sentence(world):
         model._settings({"temperature": 0.7}, "local")
     with pytest.raises(UserError, match="has no max_pixels"):
         ClipmoeVlm(str(world / "model"), max_pixels=3)
+    with pytest.raises(UserError, match="batch_size auto"):
+        ClipmoeVlm(str(world / "model"), batch_size="auto")
     with pytest.raises(UserError, match="not a VLM"):
         ClipmoeVlm(str(ROOT / "tests/reference/llava_train/tower"))
     assert cut_at("Yes\n\nQ: next", ("\n\n", "")) == "Yes" and model._settings(
