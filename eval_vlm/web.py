@@ -34,6 +34,8 @@ class Session:
     def __init__(self, models: int):
         self.conversations = [Conversation() for _ in range(models)]
         self.stop = threading.Event()
+        self.question = ""  # the last one
+        self.answering = False
         self.closed = False  # another took its place: what is still being written is not shown
 
 
@@ -103,6 +105,17 @@ def build(models: list[ChatModel], picture: Image.Image | None = None) -> Any:
         if image is not None and session.conversations[0].picture is None and not session.conversations[0].turns:
             for conversation in session.conversations:
                 conversation.picture = image.convert("RGB")
+        if session.answering:  # asked again meanwhile: turns of two questions must not mix
+            gr.Warning("an answer is being written; Stop ends it")
+            yield session, question, *[gr.skip()] * (len(outputs) - 2)
+            return
+        session.question, session.answering = question, True
+        try:
+            yield from write(question, session, layer)
+        finally:
+            session.answering = False
+
+    def write(question: str, session: Session, layer: int | None) -> Iterator[tuple]:
         session.stop = threading.Event()
         partial: list[str | None] = [""] * len(models)
         yield session, "", *histories(session, question, partial), *maps(session, layer)
@@ -119,13 +132,18 @@ def build(models: list[ChatModel], picture: Image.Image | None = None) -> Any:
             except UserError as error:
                 gr.Warning(f"{model.name}: {error}")
             partial[number] = None  # it is among the turns now
+            if session.closed:
+                return
             yield session, "", *histories(session, question, partial), *maps(session, layer)
 
     def again(image: Image.Image | None, session: Session | None, layer: int | None) -> Iterator[tuple]:
         """Takes the last question back and asks it anew (after another picture part, or a stop)."""
         session = session_of(session)
-        questions = [conversation.turns.pop()[0] for conversation in session.conversations if conversation.turns]
-        yield from ask(questions[0] if questions else "", image, session, layer)
+        if not session.answering:
+            for conversation in session.conversations:  # one too long for a model has no turn of that question
+                if conversation.turns and conversation.turns[-1][0] == session.question:
+                    conversation.turns.pop()
+        yield from ask(session.question, image, session, layer)
 
     def halt(session: Session | None) -> None:
         if session:

@@ -220,6 +220,23 @@ def test_two_visitors_do_not_share_a_conversation(url, browser):
         context.close()
 
 
+def test_questions_asked_meanwhile_and_again_do_not_mix_turns(models):
+    pytest.importorskip("gradio")
+    handlers = {one.name: one.fn for one in web.build(models).fns.values()}
+    steps = handlers["ask"]("cat?", None, None, None)
+    session = next(steps)[0]
+    for more in (handlers["ask"]("dog?", None, session, None), handlers["again"](None, session, None)):
+        (refused,) = more
+        assert refused[1] in ("dog?", "cat?")
+    list(steps)
+    said = [list(one.turns) for one in session.conversations]
+    assert [[question for question, _ in turns] for turns in said] == [["cat?"], ["cat?"]]
+    session.conversations[1].turns[:] = [("earlier", "answer")]  # as if the question was too long for that model
+    list(handlers["again"](None, session, None))
+    assert session.conversations[0].turns == said[0]
+    assert [question for question, _ in session.conversations[1].turns] == ["earlier", "cat?"]
+
+
 def test_a_taken_port_is_a_sentence(url, models):
     with pytest.raises(UserError, match="can't be served at 127.0.0.1"):
         web.serve(models[:1], None, "127.0.0.1", int(url.rstrip("/").rsplit(":", 1)[1]), block=False)
