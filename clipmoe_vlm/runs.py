@@ -106,7 +106,7 @@ def load_config(config_class: type[Config], arguments: list[str], usage: str) ->
     if not arguments or arguments[0] in ("-h", "--help"):
         raise UserError(f"usage: {usage} CONFIG.yaml [key=value ...]; keys: {', '.join(_keys(config_class))}")
     file, overrides = Path(arguments[0]), arguments[1:]
-    if "=" in arguments[0] or not file.is_file():
+    if not file.is_file():
         raise UserError(f"{arguments[0]}: no such configuration file; usage: {usage} CONFIG.yaml [key=value ...]")
     config = OmegaConf.structured(config_class)
     for override in overrides:

@@ -65,8 +65,12 @@ class ChatModel:
         """Yields the answer's pieces as they come; the turn is added when the answer ends, or was stopped.
 
         Raises:
-            UserError: a picture that can't be processed, or a conversation longer than the model's positions.
+            UserError: a question with the model's mark for pictures, or a conversation longer than its positions.
         """
+        mark = self.processor.image_token
+        if mark in question:
+            raise UserError(f"the question holds {mark}, by which the model knows the place of its picture; leave "
+                            "it out")
         stop = stop or threading.Event()
         with self._lock:
             inputs = self._inputs(conversation, question)

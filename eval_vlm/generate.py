@@ -92,7 +92,8 @@ class Answerer:
                 prompts share, and with it the rounding, depends on all.
 
         Raises:
-            UserError: an unreadable picture, a prompt longer than the model's positions, non-finite logits.
+            UserError: an unreadable picture, a prompt with the model's mark for pictures or longer than the
+                model's positions, non-finite logits.
         """
         batch: list[tuple[Picture, dict]] = []
         for group in self._by_length(records):
@@ -127,12 +128,16 @@ class Answerer:
         """Reads one picture and tokenises all prompts about it."""
         path = folder / group[0]["image"]
         image = group[0].get("pil") or self._open(path, group[0]["id"])
+        mark = self.processor.image_token
+        for record in group:
+            if mark in record["prompt"]:
+                raise UserError(f"question {record['id']} holds {mark}, by which the model knows the place of its "
+                                "picture; take it out of the question")
         texts = [self._prompt(record["prompt"]) for record in group]
         # The processor treats the picture once; the number of picture tokens is the same in every prompt about it.
         first = self.processor(text=texts[0], images=image, return_tensors="pt",
                                add_special_tokens=self._add_special_tokens(texts[0]))
         count = int((first["input_ids"] == self.model.config.image_token_id).sum())
-        mark = self.processor.image_token
         ids = {}
         for record, text in zip(group, texts, strict=True):
             tokens = self.processor.tokenizer(text.replace(mark, mark * count),

@@ -81,6 +81,8 @@ def test_pieces_come_before_the_answer_ends_and_a_stop_keeps_what_was_said(model
 def test_too_long_a_conversation_is_a_sentence_and_nothing_is_lost(models, pictures):
     conversation = Conversation(open_rgb(pictures[0]))
     list(models[0].answer(conversation, "Short?"))
+    with pytest.raises(UserError, match="holds <image>"):
+        list(models[0].answer(conversation, "What is <image>?"))
     with pytest.raises(UserError, match="the model has 256 positions; begin a new one"):
         list(models[0].answer(conversation, "word " * 300))
     assert len(conversation.turns) == 1

@@ -105,6 +105,12 @@ def test_a_picture_in_memory_gives_the_file_answer(vlm, questions):
     assert [(record["id"], result) for record, result in answerer.answers(in_memory, Path("nowhere"))] == expected
 
 
+def test_a_question_with_the_mark_of_pictures_is_named(vlm, questions):
+    answerer = Answerer(*load_vlm(vlm, CPU), 4, 3)
+    with pytest.raises(UserError, match="question 0/1 holds <image>"):
+        list(answerer.answers(records_of(questions, ["Cat?", "Is <image> a cat?"]), questions / "images"))
+
+
 def test_an_answer_without_end_is_cut_marked_and_counted(tmp_path, vlm, questions):
     model, processor = load_vlm(vlm, CPU)
     records = records_of(questions, ["Is it a cat?", "What is it?"])

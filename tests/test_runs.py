@@ -52,6 +52,12 @@ def test_config_mistakes_are_named(tmp_path, text, overrides, message):
         load(tmp_path, text, *overrides)
 
 
+def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path):
+    (tmp_path / "lr=1").mkdir()
+    (tmp_path / "lr=1" / "config.yaml").write_text("output_dir: there\n")
+    assert runs.load_config(Config, [str(tmp_path / "lr=1" / "config.yaml")], "program").output_dir == "there"
+
+
 def test_missing_config_file():
     with pytest.raises(UserError, match="nowhere.yaml: no such configuration file"):
         runs.load_config(Config, ["nowhere.yaml"], "python -m program")
