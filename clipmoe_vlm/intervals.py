@@ -174,5 +174,8 @@ def pooled_difference(a: Sequence[Estimate], b: Sequence[Estimate]) -> Interval:
     freedom = variance * variance / below if below else 1.0
     error = math.sqrt(variance)
     half = float(stats.t.ppf(0.975, freedom)) * error
-    p_value = float(2 * stats.t.sf(abs(difference) / error, freedom)) if error else float(difference == 0)
+    if error:
+        p_value = float(2 * stats.t.sf(abs(difference) / error, freedom))
+    else:  # nothing varies, so that nothing is known of chance
+        p_value = 1.0 if difference == 0 else float("nan")
     return Interval(difference, difference - half, difference + half, error, a[0].n, len(names), p_value)

@@ -101,6 +101,8 @@ class Terminal:
                     self.ask(line.strip())
             except UserError as error:
                 self.console.print(str(error), style="red")
+            except RuntimeError as error:  # such as too little memory
+                self.console.print(f"the model failed: {str(error).splitlines()[0]}; /reset begins anew", style="red")
 
     def lines(self, stream) -> Iterator[str]:
         """Lines until the end of the input; at a terminal with a prompt and an editable line."""

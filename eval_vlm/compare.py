@@ -47,6 +47,9 @@ def pool_runs(runs_a: list[Path], runs_b: list[Path], rule: str = "official") ->
     """
     if min(len(runs_a), len(runs_b)) < 2:
         raise UserError("pooling needs the runs of two seeds or more on each side, with commas between: A1,A2 B1,B2")
+    twice = [run for run in {*runs_a, *runs_b} if [*runs_a, *runs_b].count(run) > 1]
+    if twice:
+        raise UserError(f"{twice[0]} is named twice; each run is the model of another seed")
     result: dict[str, Any] = {"a": [str(run) for run in runs_a], "b": [str(run) for run in runs_b], "rule": rule,
                               "suites": {}}
     for name, runs in read_runs([*runs_a, *runs_b], rule).items():

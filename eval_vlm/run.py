@@ -170,7 +170,9 @@ def answer_all(answerer: Answerer, records: list[dict], pictures: Path, answered
                 append(routing, row)
             append(answers, {**record, **result})
             bar.update()
-        os.fsync(answers.fileno())
+        for stream in (routing, answers):
+            if stream:
+                os.fsync(stream.fileno())
 
 
 def append(stream: TextIO, row: dict) -> None:

@@ -129,8 +129,8 @@ def build(models: list[ChatModel], picture: Image.Image | None = None) -> Any:
                     if session.closed:
                         return
                     yield session, "", *histories(session, question, partial), *[gr.skip()] * (len(models) + 1)
-            except UserError as error:
-                gr.Warning(f"{model.name}: {error}")
+            except (UserError, RuntimeError) as error:  # RuntimeError: such as too little memory
+                gr.Warning(f"{model.name}: {str(error).splitlines()[0]}")
             partial[number] = None  # it is among the turns now
             if session.closed:
                 return

@@ -250,6 +250,8 @@ def test_several_seeds(tmp_path, capsys):
     assert line["p_value"] < 0.05 and line["pictures"] == 40 and "flips" not in result
     main([",".join(map(str, runs[:3])), ",".join(map(str, runs[3:]))])
     assert "Over 3 and 3 seeds" in capsys.readouterr().out and (runs[3] / "compare.json").is_file()
+    with pytest.raises(UserError, match="named twice"):
+        pool_runs([runs[0], runs[0]], runs[3:])
     with pytest.raises(UserError, match="two seeds or more on each side"):
         main([",".join(map(str, runs[:3])), str(runs[3])])
 
